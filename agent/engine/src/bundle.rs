@@ -1,0 +1,269 @@
+//! A model's folder as the forge writes it and the agent reads it: a manifest and the files it names.
+//! Knows names, sizes and digests; never what is inside a graph or a tokenizer.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// The manifest's file name inside a bundle.
+pub const MANIFEST: &str = "manifest.toml";
+/// The graph, with its weights beside it in [`WEIGHTS`].
+pub const GRAPH: &str = "model.onnx";
+/// The graph's external data.
+pub const WEIGHTS: &str = "model.onnx.data";
+/// The tokenizer, in Hugging Face's `tokenizers` format.
+pub const TOKENIZER: &str = "tokenizer.json";
+/// The chat template, in Jinja; a bundle without one takes no `chat` tasks.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// The manifest format written and read by this version.
+pub const FORMAT: u32 = 1;
+/// A manifest larger than this is refused unread.
+const MANIFEST_BYTES_MAX: u64 = 64 * 1024;
+
+/// What a bundle says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// The format of this file: [`FORMAT`].
+    pub format: u32,
+    /// The catalogue's name, `smollm2-135m`.
+    pub name: String,
+    pub version: String,
+    /// The family of the graph: `llama`.
+    pub architecture: String,
+    /// Tokens that prompt and answer may take together.
+    pub context_length: usize,
+    /// `int8` or `f32`.
+    pub precision: String,
+    /// Tokens, as written in the vocabulary, that end an answer.
+    pub stop_tokens: Vec<String>,
+    pub licence: String,
+    /// Where the weights came from, with a digest where there is one.
+    pub source: String,
+    /// Reserved: the signature over the other fields. Not checked yet; the files' digests are.
+    #[serde(default)]
+    pub signature: String,
+    /// Every file of the bundle but the manifest.
+    #[serde(rename = "file")]
+    pub files: Vec<FileEntry>,
+}
+
+/// One file of a bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// A plain name: no folder, no `..`.
+    pub name: String,
+    /// Lower-case hexadecimal.
+    pub sha256: String,
+    pub bytes: u64,
+}
+
+/// Why a bundle can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    #[error(
+        "there is no model at {0}: {MANIFEST} is missing (`cargo forge pull smollm2-135m` makes one)"
+    )]
+    NoManifest(PathBuf),
+    #[error("{path} can't be read: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path} is not a valid manifest: {reason}")]
+    Manifest { path: PathBuf, reason: String },
+    #[error("{path} is missing, though the manifest names it; pull the model again")]
+    Missing { path: PathBuf },
+    #[error(
+        "{path} has {found} bytes where the manifest says {expected}: it is truncated or altered; pull the model again"
+    )]
+    Size {
+        path: PathBuf,
+        expected: u64,
+        found: u64,
+    },
+    #[error(
+        "{path} does not match its digest (sha256 {found}, manifest {expected}): it was altered; pull the model again"
+    )]
+    Digest {
+        path: PathBuf,
+        expected: String,
+        found: String,
+    },
+}
+
+/// An opened bundle: its manifest is valid and its files are there at their stated sizes. Digests are
+/// checked when the weights are packed ([`Bundle::verify`]), not at every start: hashing 1.5 GB costs a
+/// small board ten seconds.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    dir: PathBuf,
+    pub manifest: Manifest,
+}
+
+impl Bundle {
+    /// Reads the manifest in `dir` and checks that each file is there at its size.
+    pub fn open(dir: &Path) -> Result<Self, BundleError> {
+        let path = dir.join(MANIFEST);
+        let read = |source| BundleError::Read {
+            path: path.clone(),
+            source,
+        };
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(BundleError::NoManifest(dir.to_owned()));
+            }
+            other => other.map_err(read)?,
+        };
+        let mut text = String::new();
+        file.take(MANIFEST_BYTES_MAX + 1)
+            .read_to_string(&mut text)
+            .map_err(read)?;
+        let manifest = Manifest::parse(&text).map_err(|reason| BundleError::Manifest {
+            path: path.clone(),
+            reason,
+        })?;
+        let bundle = Self {
+            dir: dir.to_owned(),
+            manifest,
+        };
+        for entry in &bundle.manifest.files {
+            let path = bundle.path(&entry.name);
+            let found = match path.metadata() {
+                Ok(metadata) => metadata.len(),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    return Err(BundleError::Missing { path });
+                }
+                Err(source) => return Err(BundleError::Read { path, source }),
+            };
+            if found != entry.bytes {
+                return Err(BundleError::Size {
+                    path,
+                    expected: entry.bytes,
+                    found,
+                });
+            }
+        }
+        Ok(bundle)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where a file of this bundle lies.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Whether the manifest names this file.
+    pub fn has(&self, name: &str) -> bool {
+        self.entry(name).is_some()
+    }
+
+    /// The digest that stands for this model: the manifest's own entries, hashed.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for entry in &self.manifest.files {
+            hash.update(format!("{} {} {}\n", entry.sha256, entry.bytes, entry.name));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// Hashes every file and compares it with the manifest.
+    pub fn verify(&self) -> Result<(), BundleError> {
+        for entry in &self.manifest.files {
+            let path = self.path(&entry.name);
+            let found = sha256_of(&path).map_err(|source| BundleError::Read {
+                path: path.clone(),
+                source,
+            })?;
+            if found != entry.sha256 {
+                let expected = entry.sha256.clone();
+                return Err(BundleError::Digest {
+                    path,
+                    expected,
+                    found,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(&self, name: &str) -> Option<&FileEntry> {
+        self.manifest.files.iter().find(|entry| entry.name == name)
+    }
+}
+
+impl Manifest {
+    /// Parses and checks a manifest's text.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if text.len() as u64 > MANIFEST_BYTES_MAX {
+            return Err(format!("it is larger than {MANIFEST_BYTES_MAX} bytes"));
+        }
+        let manifest: Self = toml::from_str(text).map_err(|e| e.to_string())?;
+        if manifest.format != FORMAT {
+            return Err(format!(
+                "format {} is not {FORMAT}, the one this version reads",
+                manifest.format
+            ));
+        }
+        for entry in &manifest.files {
+            let plain = !entry.name.is_empty()
+                && entry.name != ".."
+                && entry.name != "."
+                && !entry.name.contains(['/', '\\', '\0']);
+            if !plain {
+                return Err(format!("{:?} is not a plain file name", entry.name));
+            }
+        }
+        for needed in [GRAPH, TOKENIZER] {
+            if !manifest.files.iter().any(|entry| entry.name == needed) {
+                return Err(format!("it names no {needed}"));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// The manifest as the text of its file.
+    pub fn to_text(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+}
+
+impl FileEntry {
+    /// Describes a file on disk, to be named in a manifest.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Ok(Self {
+            name,
+            sha256: sha256_of(path)?,
+            bytes: path.metadata()?.len(),
+        })
+    }
+}
+
+/// The SHA-256 of a file, streamed, in lower-case hexadecimal.
+pub fn sha256_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(&hash.finalize())),
+            n => hash.update(&buffer[..n]),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
