@@ -1,1 +1,30 @@
-//! Placeholder.
+//! Arithmetic on packed weights, and the threads that do it. Knows neither models nor files.
+//!
+//! There is one arithmetic (ARITHMETIC.md) and several kernels that compute it, each for another CPU, all with the
+//! same bits. A kernel is chosen at run time: [`Kernel::chosen`].
+//!
+//! Read: `packed` (the weights' layout), `kernel` (the safe interface), `generic` (every operation, once),
+//! `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`.
+
+mod generic;
+mod kernel;
+pub mod math;
+mod matmul;
+mod ops;
+pub mod packed;
+mod pool;
+mod quantised;
+mod reference;
+mod scalar;
+mod simd;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use generic::{HEAD_MAX, KV_BLOCK};
+pub use kernel::{ENV, Kernel, KernelError, Rows};
+pub use matmul::Job;
+pub use pool::Pool;
+pub use quantised::Quantised;

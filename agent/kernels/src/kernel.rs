@@ -1,0 +1,302 @@
+//! Which kernel computes, and the safe way in: every argument is checked here, once per call.
+
+use crate::generic::{Blocks, HEAD_MAX, Row};
+use crate::matmul::{Job, Output};
+use crate::ops::{self, Ops};
+use crate::packed::{Layout, Packed};
+use crate::pool::{Pool, Shareable};
+use crate::quantised::Quantised;
+use std::fmt;
+
+/// The environment variable that names the kernel to use.
+pub const ENV: &str = "MILLWRIGHT_KERNEL";
+
+/// One way of doing the arithmetic that this CPU is able to. All give the same bits, `reference` excepted.
+#[derive(Copy, Clone)]
+pub struct Kernel {
+    ops: &'static Ops,
+    /// Does linears with f32 activations.
+    reference: bool,
+}
+
+/// Why a kernel can't be had by that name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KernelError {
+    /// There is no kernel of that name.
+    Unknown { name: String },
+    /// There is, but this CPU or this build lacks `needs`.
+    Unsupported { name: &'static str, needs: &'static str },
+}
+
+impl fmt::Display for KernelError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Unknown { name } => write!(f, "there is no kernel {name:?}; this machine has ")?,
+            Self::Unsupported { name, needs } => {
+                write!(f, "the kernel {name:?} needs {needs}, which this machine lacks; it has ")?;
+            }
+        }
+        let names: Vec<_> = Kernel::available().iter().map(Kernel::name).collect();
+        write!(f, "{} (set {ENV} to one of them, or unset it for the fastest)", names.join(", "))
+    }
+}
+
+impl std::error::Error for KernelError {}
+
+/// Rows of activations to quantise, all `[m, width]`.
+#[derive(Copy, Clone)]
+pub enum Rows<'a> {
+    /// As they are.
+    Plain(&'a [f32]),
+    /// RMS norm of each row times `gamma` `[width]`.
+    Normed { x: &'a [f32], gamma: &'a [f32], eps: f32 },
+    /// silu(gate) · up.
+    Gated { gate: &'a [f32], up: &'a [f32] },
+}
+
+impl<'a> Rows<'a> {
+    /// The number of rows; checks the sizes.
+    fn count(&self, width: usize) -> usize {
+        let x = match *self {
+            Self::Plain(x) => x,
+            Self::Normed { x, gamma, .. } => {
+                assert_eq!(gamma.len(), width, "gamma is not one row long");
+                x
+            }
+            Self::Gated { gate, up } => {
+                assert_eq!(gate.len(), up.len(), "gate and up differ in size");
+                gate
+            }
+        };
+        assert!(x.len().is_multiple_of(width), "{} elements are no rows of {width}", x.len());
+        x.len() / width
+    }
+
+    fn row(&self, width: usize, token: usize) -> Row<'a> {
+        let range = token * width..(token + 1) * width;
+        match *self {
+            Self::Plain(x) => Row::Plain(&x[range]),
+            Self::Normed { x, gamma, eps } => Row::Normed { x: &x[range], gamma, eps },
+            Self::Gated { gate, up } => Row::Gated { gate: &gate[range.clone()], up: &up[range] },
+        }
+    }
+}
+
+impl Kernel {
+    /// The fastest that this CPU has.
+    pub fn best() -> Self {
+        let ops = ops::ALL.iter().rev().find(|ops| (ops.detect)()).expect("the scalar kernel needs nothing");
+        Self { ops, reference: false }
+    }
+
+    /// The kernel of that name: `scalar`, `avx2`, `avx512vnni`, `neon`, `dotprod` or `reference`.
+    pub fn named(name: &str) -> Result<Self, KernelError> {
+        if name == "reference" {
+            // Whatever is not a linear is bit-equal anyway, so it may as well be fast.
+            return Ok(Self { ops: Self::best().ops, reference: true });
+        }
+        let Some(ops) = ops::ALL.iter().find(|ops| ops.name == name) else {
+            return Err(match ops::FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
+                Some(&(name, needs)) => KernelError::Unsupported { name, needs },
+                None => KernelError::Unknown { name: name.to_owned() },
+            });
+        };
+        if (ops.detect)() {
+            Ok(Self { ops, reference: false })
+        } else {
+            Err(KernelError::Unsupported { name: ops.name, needs: ops.needs })
+        }
+    }
+
+    /// The kernel that `MILLWRIGHT_KERNEL` names, or the fastest if it is unset or empty.
+    pub fn chosen() -> Result<Self, KernelError> {
+        match std::env::var_os(ENV) {
+            Some(name) if !name.is_empty() => Self::named(&name.to_string_lossy()),
+            _ => Ok(Self::best()),
+        }
+    }
+
+    /// All that this CPU has, slowest first; `reference` is the last.
+    pub fn available() -> Vec<Self> {
+        let able = ops::ALL.iter().filter(|ops| (ops.detect)());
+        let mut all: Vec<_> = able.map(|ops| Self { ops, reference: false }).collect();
+        all.push(Self { reference: true, ..Self::best() });
+        all
+    }
+
+    pub fn name(&self) -> &'static str {
+        if self.reference { "reference" } else { self.ops.name }
+    }
+
+    /// The layout that weights must be packed in.
+    pub fn layout(&self) -> Layout {
+        if self.reference { Layout::Signed } else { self.ops.layout }
+    }
+
+    /// Whether it quantises activations, and so is bit-equal to the scalar kernel.
+    pub fn is_exact(&self) -> bool {
+        !self.reference
+    }
+
+    /// Quantises `x` `[k]` as token `token` of `into`, which has been resized to `[m, k]`.
+    ///
+    /// # Panics
+    /// If the sizes don't fit.
+    pub fn quantise(&self, x: &[f32], into: &mut Quantised, token: usize) {
+        assert_eq!(x.len(), into.k(), "the activations are not one row long");
+        assert!(token < into.m(), "token {token} of {}", into.m());
+        self.prepare(into);
+        if self.reference {
+            into.plain[token * x.len()..][..x.len()].copy_from_slice(x);
+            return;
+        }
+        let slots = into.slots();
+        // SAFETY: `into` is borrowed until the end of this function and this is its only slot.
+        let mut slot = unsafe { slots.token(token) };
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.quantise)(Row::Plain(x), x.len(), &mut slot) }
+    }
+
+    /// Computes and quantises all rows into `into`, which becomes `[m, width]`; rows are split over the pool.
+    ///
+    /// # Panics
+    /// If the sizes don't fit, or `width` is zero or not a multiple of 32.
+    pub fn quantise_rows(&self, rows: Rows, width: usize, into: &mut Quantised, pool: &Pool) {
+        let m = rows.count(width);
+        into.resize(m, width);
+        self.prepare(into);
+        if self.reference {
+            pool.chunks(&mut into.plain[..m * width], width, |token, out| {
+                // SAFETY: this kernel was detected.
+                unsafe { (self.ops.evaluate)(rows.row(width, token), out) }
+            });
+            return;
+        }
+        let slots = into.slots();
+        let work = |worker, workers| {
+            for token in Pool::split(m, worker, workers) {
+                // SAFETY: `into` is borrowed until the pool is done, and each token has one worker.
+                let mut slot = unsafe { slots.token(token) };
+                // SAFETY: this kernel was detected.
+                unsafe { (self.ops.quantise)(rows.row(width, token), width, &mut slot) }
+            }
+        };
+        // One token is not worth waking anybody.
+        if m == 1 { work(0, 1) } else { pool.run(&work) }
+    }
+
+    fn prepare(self, into: &mut Quantised) {
+        if self.reference {
+            into.grow_plain();
+        }
+    }
+
+    /// `y = a · wᵀ`, `y` `[m, rows]`, tiles of rows split over the pool.
+    ///
+    /// # Panics
+    /// If the sizes or the layout don't fit.
+    pub fn matmul(&self, weight: Packed, a: &Quantised, y: &mut [f32], pool: &Pool) {
+        self.matmuls(&mut [Job { weight, y }], a, pool);
+    }
+
+    /// Several linears of the same activations in one dispatch.
+    ///
+    /// # Panics
+    /// If the sizes or the layout don't fit.
+    pub fn matmuls(&self, jobs: &mut [Job], a: &Quantised, pool: &Pool) {
+        for job in &*jobs {
+            let shape = job.weight.shape();
+            assert_eq!(shape.cols(), a.k(), "weight and activations differ in width");
+            assert_eq!(job.y.len(), a.m() * shape.rows(), "the output is not [m, rows]");
+            assert_eq!(job.weight.layout(), self.layout(), "the weight is packed for another kernel");
+        }
+        assert!(!self.reference || a.plain.len() >= a.m() * a.k(), "quantised by another kernel");
+        let total = jobs.iter().map(|job| job.weight.shape().tiles()).sum();
+        let base = Shareable(jobs.as_mut_ptr());
+        let count = jobs.len();
+        pool.run(&|worker, workers| {
+            let mine = Pool::split(total, worker, workers);
+            let mut before = 0;
+            for index in 0..count {
+                // SAFETY: in bounds, and the jobs are borrowed until the pool is done. No reference to the output
+                // is made, only a pointer from the one that the job holds.
+                let (weight, y) = unsafe { ((*base.at(index)).weight, &raw mut *(*base.at(index)).y) };
+                let tiles = weight.shape().tiles();
+                let bounds = (before, before + tiles);
+                let range = mine.start.clamp(bounds.0, bounds.1) - before..mine.end.clamp(bounds.0, bounds.1) - before;
+                before += tiles;
+                // SAFETY: `y` is borrowed as the jobs are, and the ranges of the workers are disjoint.
+                let out = unsafe { Output::new(y.cast(), y.len(), weight.shape().rows()) };
+                if self.reference {
+                    crate::reference::tiles(weight, range, a, &out);
+                } else {
+                    // SAFETY: this kernel was detected.
+                    unsafe { (self.ops.tiles)(weight, range, a, &out) }
+                }
+            }
+        });
+    }
+
+    /// `out = x / sqrt(mean(x²) + eps) · gamma`, all `[n]`.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub fn rms_norm(&self, x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == gamma.len() && x.len() == out.len(), "the sizes of a norm differ");
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.evaluate)(Row::Normed { x, gamma, eps }, out) }
+    }
+
+    /// `gate = silu(gate) · up`, both `[n]`.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "gate and up differ in size");
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.silu_mul)(gate, up) }
+    }
+
+    /// Rotates the first `2 · half` elements of one head: the pairs (i, i + half) by the angles whose cosines
+    /// and sines `[half]` are given.
+    ///
+    /// # Panics
+    /// If the sizes don't fit.
+    pub fn rope(&self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert!(cos.len() == sin.len() && x.len() >= 2 * cos.len(), "the sizes of a rotation don't fit");
+        let rotated = 2 * cos.len();
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.rope)(&mut x[..rotated], cos, sin) }
+    }
+
+    /// f16 bits of `x`, to nearest, ties to even.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub fn to_f16(&self, x: &[f32], out: &mut [u16]) {
+        assert_eq!(x.len(), out.len(), "f32 and f16 differ in size");
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.to_f16)(x, out) }
+    }
+
+    /// Attention of one query head `q` `[head]` over the first `keys` positions of a sequence. `blocks(i)` gives the
+    /// keys and the values of positions `64 i..64 i + 64` of the head's cache, both `[64, head]` f16; positions
+    /// from `keys` on are not looked at. `out` is `[head]`.
+    ///
+    /// # Panics
+    /// If the sizes don't fit, `head` is above 256 or `keys` is zero.
+    pub fn attend<'kv>(
+        &self,
+        q: &[f32],
+        blocks: &dyn Fn(usize) -> (&'kv [u16], &'kv [u16]),
+        keys: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        assert!(q.len() == out.len() && !q.is_empty() && q.len() <= HEAD_MAX, "a head of {}", q.len());
+        assert!(keys > 0, "attention over nothing");
+        let blocks: &Blocks = blocks;
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.attend)(q, blocks, keys, scale, out) }
+    }
+}

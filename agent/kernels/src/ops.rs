@@ -1,0 +1,143 @@
+//! The table of kernels: each is `generic` compiled for one set of CPU features.
+
+use crate::generic::{self, Blocks, Row};
+use crate::matmul::{self, Output};
+use crate::packed::{Layout, Packed};
+use crate::quantised::{Quantised, Slot};
+use std::ops::Range;
+
+/// One kernel. The functions may only be called if `detect` says so.
+pub(crate) struct Ops {
+    pub(crate) name: &'static str,
+    pub(crate) layout: Layout,
+    pub(crate) needs: &'static str,
+    pub(crate) detect: fn() -> bool,
+    pub(crate) quantise: unsafe fn(Row, usize, &mut Slot),
+    pub(crate) evaluate: unsafe fn(Row, &mut [f32]),
+    pub(crate) tiles: unsafe fn(Packed, Range<usize>, &Quantised, &Output),
+    pub(crate) silu_mul: unsafe fn(&mut [f32], &[f32]),
+    pub(crate) rope: unsafe fn(&mut [f32], &[f32], &[f32]),
+    pub(crate) to_f16: unsafe fn(&[f32], &mut [u16]),
+    pub(crate) attend: unsafe fn(&[f32], &Blocks, usize, f32, &mut [f32]),
+}
+
+/// Compiles every function of `generic` for `$simd` with the given features.
+macro_rules! kernel {
+    ($module:ident, $name:literal, $layout:expr, $simd:expr, [$($feature:literal),*], $detect:expr) => {
+        mod $module {
+            use super::*;
+
+            // SAFETY (of every `$simd` below): these functions are unsafe for needing its features.
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn quantise(row: Row, width: usize, slot: &mut Slot) {
+                generic::quantise($simd, row, width / 32, slot);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn evaluate(row: Row, out: &mut [f32]) {
+                generic::evaluate($simd, row, out);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
+                matmul::tiles($simd, w, tiles, a, out);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn silu_mul(gate: &mut [f32], up: &[f32]) {
+                generic::silu_mul($simd, gate, up);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+                generic::rope($simd, x, cos, sin);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn to_f16(x: &[f32], out: &mut [u16]) {
+                generic::to_f16($simd, x, out);
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn attend(q: &[f32], blocks: &Blocks, keys: usize, scale: f32, out: &mut [f32]) {
+                generic::attend($simd, q, blocks, keys, scale, out);
+            }
+
+            pub(super) const OPS: Ops = Ops {
+                name: $name,
+                layout: $layout,
+                needs: concat!("a CPU with" $(, " ", $feature)*),
+                detect: || $detect,
+                quantise,
+                evaluate,
+                tiles,
+                silu_mul,
+                rope,
+                to_f16,
+                attend,
+            };
+        }
+    };
+}
+
+kernel!(scalar, "scalar", Layout::Signed, crate::scalar::Scalar, [], true);
+
+#[cfg(target_arch = "x86_64")]
+kernel!(
+    avx2,
+    "avx2",
+    Layout::Signed,
+    unsafe { crate::x86::avx2::Avx2::assume() },
+    ["avx2", "fma", "f16c"],
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+);
+
+#[cfg(target_arch = "x86_64")]
+kernel!(
+    avx512vnni,
+    "avx512vnni",
+    Layout::Offset,
+    unsafe { crate::x86::avx512::Avx512::assume() },
+    ["avx512f", "avx512bw", "avx512vl", "avx512vnni"],
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+);
+
+#[cfg(target_arch = "aarch64")]
+kernel!(
+    neon,
+    "neon",
+    Layout::Signed,
+    unsafe { crate::aarch64::Neon::<false>::assume() },
+    ["neon"],
+    std::arch::is_aarch64_feature_detected!("neon")
+);
+
+#[cfg(target_arch = "aarch64")]
+kernel!(
+    dotprod,
+    "dotprod",
+    Layout::Signed,
+    unsafe { crate::aarch64::Neon::<true>::assume() },
+    ["neon", "dotprod"],
+    std::arch::is_aarch64_feature_detected!("dotprod")
+);
+
+/// The kernels of this build, slowest first.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avx512vnni::OPS];
+#[cfg(target_arch = "aarch64")]
+pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) static ALL: &[Ops] = &[scalar::OPS];
+
+/// Names of kernels that another architecture may have, and what they need.
+pub(crate) const FOREIGN: &[(&str, &str)] = &[
+    ("avx2", "an x86-64 CPU with AVX2"),
+    ("avx512vnni", "an x86-64 CPU with AVX512-VNNI"),
+    ("neon", "a 64-bit ARM CPU"),
+    ("dotprod", "a 64-bit ARM CPU with dotprod"),
+];

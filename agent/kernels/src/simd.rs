@@ -1,0 +1,122 @@
+//! Sixteen lanes: what a CPU must be able to do. Everything in `generic` is written once on top of this, so a kernel
+//! is equal to the scalar one as soon as each of these operations is.
+//!
+//! A value that implements [`Simd`] is a token: it exists only where the CPU has what its methods use, which is
+//! why the methods are safe. All of them are `#[inline(always)]` and take no closures, since only code that ends
+//! up inside a function with the right target features compiles to the instructions meant.
+
+/// Weight bytes of one block of one tile, `[k4: 8][row: 16][4]`.
+pub(crate) type Weights = [u8; crate::packed::WEIGHT_BYTES];
+/// One token's quantised block.
+pub(crate) type Activations = [i8; crate::packed::BLOCK];
+
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// Tokens that the registers hold at once beside a tile; 4 or 8.
+    const TOKENS: usize;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, x: &[f32; 16]) -> Self::F;
+    fn store(self, x: Self::F, out: &mut [f32; 16]);
+    /// Sixteen f16, little endian.
+    fn load_f16(self, x: &[u8; 32]) -> Self::F;
+    /// Rounds to nearest, ties to even.
+    fn store_f16(self, x: Self::F, out: &mut [u16; 16]);
+
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// To whole numbers, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `then` where `a > b`, else (so with a NaN too) `other`.
+    fn greater(self, a: Self::F, b: Self::F, then: Self::F, other: Self::F) -> Self::F;
+    /// Zero where `a` is NaN.
+    fn nan_to_zero(self, a: Self::F) -> Self::F;
+    /// 2 to the `n`, for whole `n` from −126 to 127.
+    fn power_of_two(self, n: Self::F) -> Self::F;
+    /// Whole numbers within ±127 to bytes; their sum.
+    fn store_i8(self, x: Self::F, out: &mut [i8; 16]) -> i32;
+
+    /// The sums of the sixteen lanes of each of sixteen vectors, every one by the tree of [`tree`].
+    fn sums(self, x: &[Self::F; 16]) -> Self::F;
+
+    /// For the first `T` tokens of `a`, the exact dot products of a block with sixteen rows. `offsets` are
+    /// −128 times the sum of each token's block, for layouts that store weights with 128 added.
+    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], offsets: &[i32; T]) -> [Self::I; T];
+    fn to_f32(self, x: Self::I) -> Self::F;
+
+    /// The larger of each lane; `b` if either is NaN.
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        self.greater(a, b, a, b)
+    }
+
+    /// The sum of the lanes by the tree of [`tree`].
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        tree(lanes)
+    }
+
+    /// Up to sixteen numbers, zeros behind them.
+    #[inline(always)]
+    fn load_part(self, x: &[f32]) -> Self::F {
+        if let Ok(x) = x.try_into() {
+            return self.load(x);
+        }
+        let mut lanes = [0.0; 16];
+        lanes[..x.len()].copy_from_slice(x);
+        self.load(&lanes)
+    }
+
+    /// As many lanes as `out` has places, sixteen at most.
+    #[inline(always)]
+    fn store_part(self, x: Self::F, out: &mut [f32]) {
+        if let Ok(out) = out.try_into() {
+            return self.store(x, out);
+        }
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        out.copy_from_slice(&lanes[..out.len()]);
+    }
+
+    /// Up to sixteen f16, zeros behind them.
+    #[inline(always)]
+    fn load_f16_part(self, x: &[u16]) -> Self::F {
+        if let Ok(x) = x.try_into() {
+            return self.load_f16(bytes(x));
+        }
+        let mut lanes = [0; 16];
+        lanes[..x.len()].copy_from_slice(x);
+        self.load_f16(bytes(&lanes))
+    }
+}
+
+/// The one order in which sixteen lanes are added: each with the one 8 further, then 4, 2, 1.
+#[inline(always)]
+pub(crate) fn tree(mut lanes: [f32; 16]) -> f32 {
+    for step in [8, 4, 2, 1] {
+        for lane in 0..step {
+            lanes[lane] += lanes[lane + step];
+        }
+    }
+    lanes[0]
+}
+
+/// The same sixteen numbers as bytes in memory.
+#[inline(always)]
+pub(crate) fn bytes(x: &[u16; 16]) -> &[u8; 32] {
+    // SAFETY: same size, weaker alignment, and every byte pattern is valid.
+    unsafe { &*std::ptr::from_ref(x).cast() }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("packed weights and the cache are read as little endian");

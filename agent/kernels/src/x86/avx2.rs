@@ -1,0 +1,206 @@
+//! AVX2 with FMA and F16C: a vector is two registers of eight lanes. Byte products go through
+//! `vpmaddubsw(|w|, sign(a, w))`: both factors are at most 128 and 127 in magnitude, so its 16-bit sums of two
+//! do not saturate (2 · 128 · 127 < 32,768).
+
+#![allow(clippy::inline_always, reason = "see simd.rs: only inlined code gets the target features")]
+
+use crate::simd::{Activations, Simd, Weights};
+use std::arch::x86_64::*;
+
+/// Exists only on CPUs with avx2, fma and f16c.
+#[derive(Copy, Clone)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The CPU has the features above.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+/// One intrinsic, or a few, on values in registers.
+macro_rules! op {
+    ($($body:tt)*) => {{
+        // SAFETY: `self` proves the features; what memory is touched is behind references of the right size,
+        // and unaligned forms are used.
+        unsafe { $($body)* }
+    }};
+}
+
+type F = [__m256; 2];
+
+impl Simd for Avx2 {
+    type F = F;
+    type I = [__m256i; 2];
+    const TOKENS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> F {
+        op!([_mm256_set1_ps(x); 2])
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> F {
+        op!([_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))])
+    }
+
+    #[inline(always)]
+    fn store(self, x: F, out: &mut [f32; 16]) {
+        op! {
+            _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[u8; 32]) -> F {
+        op! {
+            let half = x.as_ptr().cast::<__m128i>();
+            [_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, x: F, out: &mut [u16; 16]) {
+        op! {
+            let half = out.as_mut_ptr().cast::<__m128i>();
+            _mm_storeu_si128(half, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
+            _mm_storeu_si128(half.add(1), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]));
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        op!([_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        op!([_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        op!([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        op!([_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        op!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
+    }
+
+    #[inline(always)]
+    fn abs(self, a: F) -> F {
+        op! {
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn round(self, a: F) -> F {
+        op! {[
+            _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a[0]),
+            _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a[1]),
+        ]}
+    }
+
+    #[inline(always)]
+    fn greater(self, a: F, b: F, then: F, other: F) -> F {
+        op! {[
+            _mm256_blendv_ps(other[0], then[0], _mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0])),
+            _mm256_blendv_ps(other[1], then[1], _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])),
+        ]}
+    }
+
+    #[inline(always)]
+    fn nan_to_zero(self, a: F) -> F {
+        op! {[
+            _mm256_and_ps(a[0], _mm256_cmp_ps::<_CMP_ORD_Q>(a[0], a[0])),
+            _mm256_and_ps(a[1], _mm256_cmp_ps::<_CMP_ORD_Q>(a[1], a[1])),
+        ]}
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, n: F) -> F {
+        op! {
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_add_epi32(_mm256_cvtps_epi32(n[0]), bias);
+            let high = _mm256_add_epi32(_mm256_cvtps_epi32(n[1]), bias);
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
+        }
+    }
+
+    #[inline(always)]
+    fn store_i8(self, x: F, out: &mut [i8; 16]) -> i32 {
+        op! {
+            let (low, high) = (_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+            // Packing works within halves: 0–3, 8–11, 4–7, 12–15; the permutation puts them in order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+            let sum = _mm256_add_epi32(low, high);
+            let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+            let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+            _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b00_00_00_01>(sum)))
+        }
+    }
+
+    #[inline(always)]
+    fn sums(self, x: &[F; 16]) -> F {
+        [sums8(self, x[..8].as_chunks().0), sums8(self, x[8..].as_chunks().0)]
+    }
+
+    #[inline(always)]
+    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], _: &[i32; T]) -> [[__m256i; 2]; T] {
+        let mut sums = [op!([_mm256_setzero_si256(); 2]); T];
+        let ones = op!(_mm256_set1_epi16(1));
+        for (k4, w) in w.as_chunks::<64>().0.iter().enumerate() {
+            let w = op! {[_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast())]};
+            let magnitude = op!([_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])]);
+            for token in 0..T {
+                let a = op!(_mm256_set1_epi32(a[token].as_ptr().cast::<i32>().add(k4).read_unaligned()));
+                for half in 0..2 {
+                    sums[token][half] = op! {
+                        let pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(a, w[half]));
+                        _mm256_add_epi32(sums[token][half], _mm256_madd_epi16(pairs, ones))
+                    };
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn to_f32(self, x: [__m256i; 2]) -> F {
+        op!([_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])])
+    }
+}
+
+/// The sums of eight vectors, as pairs of pairs.
+#[inline(always)]
+fn sums8(s: Avx2, x: &[[F; 4]]) -> __m256 {
+    let [low, high] = x else { unreachable!("eight vectors are two fours") };
+    let (a, b, c, d) = (fold(s, low[0], high[0]), fold(s, low[1], high[1]), fold(s, low[2], high[2]), fold(s, low[3], high[3]));
+    op! {
+        let ab = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b));
+        let cd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(c, d), _mm256_shuffle_ps::<0xee>(c, d));
+        _mm256_add_ps(_mm256_shuffle_ps::<0x88>(ab, cd), _mm256_shuffle_ps::<0xdd>(ab, cd))
+    }
+}
+
+/// Lanes i + 8 onto i, then i + 4 onto i, for two vectors: four lanes of each, in order.
+#[inline(always)]
+fn fold(_: Avx2, a: F, b: F) -> __m256 {
+    op! {
+        let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
+        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+    }
+}

@@ -1,0 +1,165 @@
+//! AVX-512 with VNNI: a vector is one register, and one `vpdpbusd` multiplies 64 weights. It takes unsigned times
+//! signed bytes, so weights are stored with 128 added and the sums start at −128 · Σa.
+
+#![allow(clippy::inline_always, reason = "see simd.rs: only inlined code gets the target features")]
+
+use crate::simd::{Activations, Simd, Weights};
+use std::arch::x86_64::*;
+
+/// Exists only on CPUs with avx512f, avx512bw, avx512vl and avx512vnni.
+#[derive(Copy, Clone)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The CPU has the features above.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+/// One intrinsic, or a few, on values in registers.
+macro_rules! op {
+    ($($body:tt)*) => {{
+        // SAFETY: `self` proves the features; what memory is touched is behind references of the right size,
+        // and unaligned forms are used.
+        unsafe { $($body)* }
+    }};
+}
+
+impl Simd for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    const TOKENS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        op!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> __m512 {
+        op!(_mm512_loadu_ps(x.as_ptr()))
+    }
+
+    #[inline(always)]
+    fn store(self, x: __m512, out: &mut [f32; 16]) {
+        op!(_mm512_storeu_ps(out.as_mut_ptr(), x));
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[u8; 32]) -> __m512 {
+        op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn store_f16(self, x: __m512, out: &mut [u16; 16]) {
+        op!(_mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)));
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        op!(_mm512_abs_ps(a))
+    }
+
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+
+    #[inline(always)]
+    fn greater(self, a: __m512, b: __m512, then: __m512, other: __m512) -> __m512 {
+        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), other, then))
+    }
+
+    #[inline(always)]
+    fn nan_to_zero(self, a: __m512) -> __m512 {
+        op!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a), a))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, n: __m512) -> __m512 {
+        op! {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
+    }
+
+    #[inline(always)]
+    fn store_i8(self, x: __m512, out: &mut [i8; 16]) -> i32 {
+        op! {
+            let x = _mm512_cvtps_epi32(x);
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(x));
+            _mm512_reduce_add_epi32(x)
+        }
+    }
+
+    #[inline(always)]
+    fn sums(self, x: &[__m512; 16]) -> __m512 {
+        let (a, b) = (fold(self, x[0], x[4], x[8], x[12]), fold(self, x[1], x[5], x[9], x[13]));
+        let (c, d) = (fold(self, x[2], x[6], x[10], x[14]), fold(self, x[3], x[7], x[11], x[15]));
+        op! {
+            // Lanes 2 and 3 onto 0 and 1, then 1 onto 0, in each 128 bits.
+            let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(c, d), _mm512_shuffle_ps::<0xee>(c, d));
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(ab, cd), _mm512_shuffle_ps::<0xdd>(ab, cd))
+        }
+    }
+
+    #[inline(always)]
+    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], offsets: &[i32; T]) -> [__m512i; T] {
+        let mut sums = [op!(_mm512_setzero_si512()); T];
+        for token in 0..T {
+            sums[token] = op!(_mm512_set1_epi32(offsets[token]));
+        }
+        for (k4, w) in w.as_chunks::<64>().0.iter().enumerate() {
+            let w = op!(_mm512_loadu_si512(w.as_ptr().cast()));
+            for token in 0..T {
+                let a = op!(a[token].as_ptr().cast::<i32>().add(k4).read_unaligned());
+                sums[token] = op!(_mm512_dpbusd_epi32(sums[token], w, _mm512_set1_epi32(a)));
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn to_f32(self, x: __m512i) -> __m512 {
+        op!(_mm512_cvtepi32_ps(x))
+    }
+}
+
+/// Lanes i + 8 onto i, then i + 4 onto i, for four vectors: four lanes of each, in order.
+#[inline(always)]
+fn fold(_: Avx512, a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    op! {
+        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
+    }
+}
