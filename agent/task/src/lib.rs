@@ -1,1 +1,25 @@
-//! Placeholder.
+//! The task protocol and its policy: what a task is, what may be answered where, who runs, who waits and
+//! who is refused. Pure: no clock (now is an argument), no socket, no thread, no engine.
+
+#![forbid(unsafe_code)]
+
+pub mod admission;
+pub mod calendar;
+pub mod job;
+pub mod limits;
+pub mod recall;
+pub mod topic;
+pub mod wire;
+
+use std::time::Duration;
+
+/// The moment an event is judged at. Deadlines run on `boot`; `wall` is for people and for `expires_at`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// Time since the machine booted, suspend included.
+    pub boot: Duration,
+    /// Milliseconds since 1970 by the wall clock, right or not.
+    pub wall_ms: u64,
+    /// Whether the wall clock is known to be synchronised.
+    pub synced: bool,
+}

@@ -1,0 +1,46 @@
+//! Cancels that came before their task. Bounded by count and age; the oldest goes first.
+
+use crate::limits::CANCELS_MAX;
+use crate::wire::Key;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+#[derive(Debug)]
+pub(super) struct Overtaken {
+    age_max: Duration,
+    /// Oldest first. Searched in order: there are few, and each is looked for once per new task.
+    keys: VecDeque<(Duration, Key)>,
+}
+
+impl Overtaken {
+    pub(super) fn new(age_max: Duration) -> Self {
+        Self {
+            age_max,
+            keys: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn put(&mut self, now: Duration, key: Key) {
+        self.keys.retain(|(_, k)| *k != key);
+        if self.keys.len() >= CANCELS_MAX {
+            self.keys.pop_front();
+        }
+        self.keys.push_back((now, key));
+    }
+
+    /// Whether `key` was cancelled; the cancel is used up.
+    pub(super) fn take(&mut self, now: Duration, key: &Key) -> bool {
+        while self
+            .keys
+            .front()
+            .is_some_and(|(at, _)| now.saturating_sub(*at) > self.age_max)
+        {
+            self.keys.pop_front();
+        }
+        let Some(at) = self.keys.iter().position(|(_, k)| k == key) else {
+            return false;
+        };
+        self.keys.remove(at);
+        true
+    }
+}

@@ -1,0 +1,538 @@
+//! The policy in simulated time.
+
+use super::*;
+use crate::job::Class;
+use crate::wire::{Finish, Format, Kind, Provenance, Sampling, decode_event};
+use proptest::prelude::*;
+use std::collections::HashSet;
+
+fn at(seconds: u64) -> Now {
+    Now {
+        boot: Duration::from_secs(seconds),
+        wall_ms: seconds * 1000,
+        synced: true,
+    }
+}
+
+fn rules() -> Rules {
+    Rules {
+        gateway: "gw".into(),
+        run_prefix: "r".into(),
+        queue_tasks_max: 2,
+        queue_bytes_max: 1000,
+        slots: 1,
+        deadline_max: Duration::from_secs(100),
+        window: Window {
+            age_max: Duration::from_secs(1000),
+            tasks_max: 100,
+            bytes_max: 100_000,
+        },
+        priority_max: HashMap::from([("hmi".into(), 3)]),
+    }
+}
+
+fn reply(topic: &str) -> Reply {
+    Reply {
+        topic: topic.into(),
+        correlation: None,
+        format: Format::Json,
+    }
+}
+
+fn key(id: &str) -> Key {
+    Key {
+        sender: "mes".into(),
+        task: id.into(),
+    }
+}
+
+fn task(id: &str) -> Task {
+    Task {
+        key: key(id),
+        kind: Kind::Generate { prompt: "x".into() },
+        max_tokens: 8,
+        stop: vec![],
+        sampling: Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            seed: None,
+        },
+        priority: 5,
+        stream: true,
+        deadline: Duration::from_secs(60),
+        reply: reply(id),
+        digest: [1; 32],
+        bytes: 100,
+    }
+}
+
+fn offer(gate: &mut Admission<()>, now: u64, task: Task) -> (Decision, Body) {
+    let (decision, post) = gate.offer(at(now), task, |_| Ok(()));
+    (decision, body(&post))
+}
+
+fn body(post: &Post) -> Body {
+    decode_event(&post.bytes).unwrap().body
+}
+
+fn done(text: &str) -> Outcome {
+    let product = Product {
+        text: text.into(),
+        ..Product::default()
+    };
+    let provenance = Provenance {
+        model: "m".into(),
+        digest: "d".into(),
+        engine: "e".into(),
+        seed: 0,
+        exact: true,
+    };
+    Outcome::Done {
+        finish: Finish::Stop,
+        product,
+        provenance,
+    }
+}
+
+fn accepted(decision: Decision) -> Ticket {
+    match decision {
+        Decision::Accepted(ticket) => ticket,
+        other => panic!("not accepted: {other:?}"),
+    }
+}
+
+#[test]
+fn a_task_is_accepted_started_streamed_and_done_in_one_run() {
+    let mut gate = Admission::new(rules());
+    let (decision, first) = offer(&mut gate, 0, task("a"));
+    assert_eq!(
+        first,
+        Body::Accepted {
+            queue_position: 0,
+            eta_ms: None
+        }
+    );
+    let (ticket, ()) = gate.next(at(1)).unwrap();
+    assert_eq!(accepted(decision), ticket);
+    let posts = [
+        gate.started(at(1), ticket).unwrap(),
+        gate.text(at(2), ticket, "é".into()).0.unwrap(),
+        gate.text(at(2), ticket, "!".into()).0.unwrap(),
+        gate.finish(at(3), ticket, done("é!")).unwrap(),
+    ];
+    let events: Vec<_> = posts
+        .iter()
+        .map(|p| decode_event(&p.bytes).unwrap())
+        .collect();
+    assert_eq!(
+        events.iter().map(|e| e.seq).collect::<Vec<_>>(),
+        [1, 2, 3, 4]
+    );
+    assert!(events.iter().all(|e| e.run == "r-1" && e.gateway == "gw"));
+    assert_eq!(
+        events[2].body,
+        Body::Delta {
+            text: "!".into(),
+            offset: 2
+        }
+    );
+    assert!(
+        matches!(&events[3].body, Body::Done { text, timing, .. } if text == "é!" && timing.queue_ms == 1000)
+    );
+    assert_eq!(
+        posts.map(|p| p.class),
+        [Class::Progress, Class::Delta, Class::Delta, Class::Final]
+    );
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn the_queue_is_bounded_and_says_so() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    gate.next(at(0)).unwrap();
+    assert!(gate.next(at(0)).is_none(), "one slot");
+    offer(&mut gate, 0, task("b"));
+    let (_, body) = offer(&mut gate, 0, task("c"));
+    assert_eq!(
+        body,
+        Body::Accepted {
+            queue_position: 1,
+            eta_ms: None
+        }
+    );
+    let (decision, body) = offer(&mut gate, 0, task("d"));
+    assert_eq!(decision, Decision::Refused(Code::Busy));
+    assert!(matches!(body, Body::Rejected(r) if r.limit == Some(2) && r.retry_after_ms.is_some()));
+
+    let mut gate = Admission::new(rules());
+    let (decision, _) = offer(
+        &mut gate,
+        0,
+        Task {
+            bytes: 1001,
+            ..task("big")
+        },
+    );
+    assert_eq!(decision, Decision::Refused(Code::Busy));
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn higher_priority_runs_first_and_is_capped_by_sender() {
+    let mut gate = Admission::new(rules());
+    let low = accepted(
+        offer(
+            &mut gate,
+            0,
+            Task {
+                priority: 4,
+                ..task("low")
+            },
+        )
+        .0,
+    );
+    let hmi = Task {
+        key: Key {
+            sender: "hmi".into(),
+            task: "h".into(),
+        },
+        priority: 9,
+        ..task("h")
+    };
+    let capped = accepted(offer(&mut gate, 0, hmi).0);
+    assert_eq!(gate.next(at(0)).unwrap().0, low);
+    gate.finish(at(1), low, done("")).unwrap();
+    let high = accepted(
+        offer(
+            &mut gate,
+            1,
+            Task {
+                priority: 9,
+                ..task("high")
+            },
+        )
+        .0,
+    );
+    assert_eq!(gate.next(at(1)).unwrap().0, high);
+    gate.finish(at(2), high, done("")).unwrap();
+    assert_eq!(gate.next(at(2)).unwrap().0, capped);
+}
+
+#[test]
+fn a_resent_task_runs_once_and_is_answered_with_the_same_bytes() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    let resent = Task {
+        reply: reply("elsewhere"),
+        deadline: Duration::from_secs(90),
+        ..task("a")
+    };
+    assert_eq!(offer(&mut gate, 1, resent.clone()).0, Decision::Repeated);
+    let (ticket, ()) = gate.next(at(1)).unwrap();
+    let last = gate.finish(at(2), ticket, done("text")).unwrap();
+    assert_eq!(last.reply.topic, "elsewhere");
+    let (decision, again) = gate.offer(at(3), task("a"), |_| panic!("prepared twice"));
+    assert_eq!(
+        (decision, &again.bytes, again.reply.topic.as_str()),
+        (Decision::Recalled, &last.bytes, "a")
+    );
+    assert_eq!(
+        offer(
+            &mut gate,
+            3,
+            Task {
+                digest: [2; 32],
+                ..task("a")
+            }
+        )
+        .0,
+        Decision::Refused(Code::Conflict)
+    );
+    assert!(
+        matches!(
+            offer(&mut gate, 2000, task("a")).0,
+            Decision::Ended("expired")
+        ),
+        "forgotten after the window"
+    );
+}
+
+#[test]
+fn another_task_under_a_running_id_is_a_conflict() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    assert_eq!(
+        offer(
+            &mut gate,
+            0,
+            Task {
+                digest: [2; 32],
+                ..task("a")
+            }
+        )
+        .0,
+        Decision::Refused(Code::Conflict)
+    );
+    let other = Task {
+        key: Key {
+            sender: "hmi".into(),
+            task: "a".into(),
+        },
+        ..task("a")
+    };
+    accepted(offer(&mut gate, 0, other).0);
+}
+
+#[test]
+fn refusals_are_not_remembered() {
+    let mut gate = Admission::new(rules());
+    let refuse = |_: &Task| Err(Refusal::context_overflow(9, 8));
+    let (decision, post) = gate.offer(at(0), task("a"), refuse);
+    assert_eq!(decision, Decision::Refused(Code::ContextOverflow));
+    assert!(
+        matches!(body(&post), Body::Rejected(r) if r.needed == Some(9) && r.available == Some(8))
+    );
+    accepted(offer(&mut gate, 0, task("a")).0);
+}
+
+#[test]
+fn deadlines_end_the_waiting_at_once_and_stop_the_running_once() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("runs"));
+    offer(
+        &mut gate,
+        0,
+        Task {
+            deadline: Duration::from_secs(50),
+            ..task("waits")
+        },
+    );
+    let (ticket, ()) = gate.next(at(0)).unwrap_or_else(|| panic!("a slot is free"));
+    assert_eq!(gate.next_deadline(), Some(Duration::from_secs(50)));
+    assert_eq!(gate.tick(at(49)), Due::default());
+    let due = gate.tick(at(50));
+    assert!(due.stop.is_empty());
+    assert_eq!(
+        due.posts.iter().map(|p| p.event).collect::<Vec<_>>(),
+        ["expired"]
+    );
+    assert_eq!(
+        gate.tick(at(60)),
+        Due {
+            posts: vec![],
+            stop: vec![ticket]
+        }
+    );
+    assert_eq!(gate.tick(at(61)), Due::default());
+    let product = Product {
+        text: "so far".into(),
+        ..Product::default()
+    };
+    let post = gate
+        .finish(at(61), ticket, Outcome::Stopped(product))
+        .unwrap();
+    assert!(matches!(body(&post), Body::Expired(p) if p.text == "so far"));
+    assert_eq!(offer(&mut gate, 61, task("waits")).0, Decision::Recalled);
+}
+
+#[test]
+fn a_task_that_cannot_start_in_time_is_told_at_once() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    let (ticket, ()) = gate.next(at(0)).unwrap();
+    gate.finish(at(20), ticket, done("")).unwrap();
+    offer(&mut gate, 20, task("b"));
+    gate.next(at(20)).unwrap();
+    let (decision, body) = offer(
+        &mut gate,
+        20,
+        Task {
+            deadline: Duration::from_secs(25),
+            ..task("c")
+        },
+    );
+    assert_eq!(decision, Decision::Refused(Code::DeadlineUnreachable));
+    assert!(matches!(body, Body::Rejected(r) if r.eta_ms == Some(10_000)));
+    let (_, body) = offer(&mut gate, 20, task("d"));
+    assert_eq!(
+        body,
+        Body::Accepted {
+            queue_position: 0,
+            eta_ms: Some(30_000)
+        }
+    );
+}
+
+#[test]
+fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("runs"));
+    let (ticket, ()) = gate.next(at(0)).unwrap();
+    offer(&mut gate, 0, task("waits"));
+    let cancel = |id: &str, gate: &mut Admission<()>| gate.cancel(at(1), &key(id), &reply("x"));
+    assert!(
+        matches!(cancel("waits", &mut gate), Cancelled::Waiting(post) if post.event == "cancelled")
+    );
+    assert_eq!(cancel("runs", &mut gate), Cancelled::Running(ticket));
+    let post = gate
+        .finish(at(1), ticket, Outcome::Stopped(Product::default()))
+        .unwrap();
+    assert_eq!(post.event, "cancelled");
+    assert!(
+        matches!(cancel("runs", &mut gate), Cancelled::Nothing(post) if post.event == "already_final")
+    );
+    assert!(
+        matches!(cancel("later", &mut gate), Cancelled::Nothing(post) if post.event == "unknown")
+    );
+    assert_eq!(
+        offer(&mut gate, 2, task("later")).0,
+        Decision::Ended("cancelled")
+    );
+    assert!(matches!(
+        cancel("too-late", &mut gate),
+        Cancelled::Nothing(_)
+    ));
+    accepted(
+        offer(
+            &mut gate,
+            200,
+            Task {
+                deadline: Duration::from_secs(300),
+                ..task("too-late")
+            },
+        )
+        .0,
+    );
+}
+
+#[test]
+fn a_finish_that_crosses_the_cancel_is_done() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    let (ticket, ()) = gate.next(at(0)).unwrap();
+    assert_eq!(
+        gate.cancel(at(1), &key("a"), &reply("x")),
+        Cancelled::Running(ticket)
+    );
+    assert_eq!(
+        gate.finish(at(1), ticket, done("whole")).unwrap().event,
+        "done"
+    );
+}
+
+#[test]
+fn a_closed_gate_still_answers_what_it_knows_and_the_end_of_grace_ends_all() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("runs"));
+    let (ticket, ()) = gate.next(at(0)).unwrap();
+    offer(&mut gate, 0, task("waits"));
+    gate.close(Refusal::new(Code::Draining, "shutting down".into()));
+    assert_eq!(
+        offer(&mut gate, 1, task("new")).0,
+        Decision::Refused(Code::Draining)
+    );
+    assert_eq!(offer(&mut gate, 1, task("waits")).0, Decision::Repeated);
+    let due = gate.stop_everything(at(10));
+    assert_eq!((due.posts.len(), due.stop), (1, vec![ticket]));
+    assert!(matches!(body(&due.posts[0]), Body::Failed(r) if r.code == Code::Draining));
+    let post = gate
+        .finish(at(10), ticket, Outcome::Stopped(Product::default()))
+        .unwrap();
+    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::Draining));
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn an_answer_beyond_its_bound_fails_and_is_never_cut() {
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    let (ticket, ()) = gate.next(at(0)).unwrap();
+    let (post, stop) = gate.text(at(1), ticket, "x".repeat(limits::ANSWER_BYTES_MAX));
+    assert!(post.is_some() && !stop);
+    assert_eq!(gate.text(at(1), ticket, "x".into()), (None, true));
+    assert_eq!(
+        gate.text(at(1), ticket, "x".into()),
+        (None, false),
+        "told to stop once"
+    );
+    let post = gate
+        .finish(at(1), ticket, Outcome::Stopped(Product::default()))
+        .unwrap();
+    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::TooLarge));
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Offer(u8, u8, u64),
+    Cancel(u8),
+    Next,
+    Finish(bool),
+    Pass(u64),
+    StopEverything,
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let op = prop_oneof![
+        5 => (0u8..12, 0u8..10, 1u64..80).prop_map(|(id, p, d)| Op::Offer(id, p, d)),
+        2 => (0u8..12).prop_map(Op::Cancel),
+        4 => Just(Op::Next),
+        4 => any::<bool>().prop_map(Op::Finish),
+        3 => (0u64..20).prop_map(Op::Pass),
+        1 => Just(Op::StopEverything),
+    ];
+    proptest::collection::vec(op, 0..120)
+}
+
+proptest! {
+    /// Whatever happens, each accepted task gets exactly one final event, and the bounds hold.
+    #[test]
+    fn every_accepted_task_ends_exactly_once(ops in ops()) {
+        let rules = Rules { slots: 2, queue_tasks_max: 3, queue_bytes_max: 350, ..rules() };
+        let mut gate = Admission::new(rules);
+        let (mut now, mut open, mut running) = (0, HashSet::new(), Vec::new());
+        let end = |open: &mut HashSet<String>, post: Post| {
+            assert_eq!(post.class, Class::Final);
+            assert!(open.remove(&post.key.task), "{} ended twice", post.key.task);
+        };
+        for op in ops {
+            match op {
+                Op::Offer(id, priority, deadline) => {
+                    let id = id.to_string();
+                    let task = Task { priority, deadline: Duration::from_secs(now + deadline), ..task(&id) };
+                    if matches!(gate.offer(at(now), task, |_| Ok(())).0, Decision::Accepted(_)) {
+                        prop_assert!(open.insert(id));
+                    }
+                }
+                Op::Cancel(id) => match gate.cancel(at(now), &key(&id.to_string()), &reply("x")) {
+                    Cancelled::Waiting(post) => end(&mut open, post),
+                    Cancelled::Running(ticket) => prop_assert!(running.contains(&ticket)),
+                    Cancelled::Nothing(post) => prop_assert!(!open.contains(&post.key.task)),
+                },
+                Op::Next => running.extend(gate.next(at(now)).map(|(ticket, ())| ticket)),
+                Op::Finish(whole) => if let Some(ticket) = running.pop() {
+                    let outcome = if whole { done("x") } else { Outcome::Stopped(Product::default()) };
+                    end(&mut open, gate.finish(at(now), ticket, outcome).unwrap());
+                    prop_assert!(gate.finish(at(now), ticket, done("x")).is_none());
+                },
+                Op::Pass(seconds) => {
+                    now += seconds;
+                    let due = gate.tick(at(now));
+                    due.posts.into_iter().for_each(|post| end(&mut open, post));
+                    prop_assert!(due.stop.iter().all(|t| running.contains(t)));
+                }
+                Op::StopEverything => {
+                    gate.stop_everything(at(now)).posts.into_iter().for_each(|post| end(&mut open, post));
+                    prop_assert_eq!(gate.waiting(), 0);
+                }
+            }
+            prop_assert!(gate.running() == running.len() && running.len() <= 2);
+            prop_assert!(gate.waiting() <= 5 && gate.waiting_bytes <= 350);
+            prop_assert_eq!(gate.waiting() + gate.running(), open.len());
+            prop_assert_eq!(gate.is_idle(), open.is_empty());
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! One accepted task's life: waiting, running, final. Numbers its events; decides nothing about others.
+
+use crate::Now;
+use crate::limits::ANSWER_BYTES_MAX;
+use crate::wire::{
+    Body, Code, Event, Finish, Key, Partial, Provenance, Refusal, Reply, Task, Timing, Usage,
+};
+use std::time::Duration;
+
+/// How long an event must be kept and how it is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// At least once.
+    Progress,
+    /// At most once: the final event holds the whole text.
+    Delta,
+    /// At least once, and again for a resent task.
+    Final,
+}
+
+/// An event on its way out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Post {
+    pub key: Key,
+    pub reply: Reply,
+    /// Its name, for the user property.
+    pub event: &'static str,
+    pub class: Class,
+    pub bytes: Vec<u8>,
+}
+
+impl Post {
+    /// `event` in the form its reader asked for.
+    pub fn new(key: &Key, reply: &Reply, event: &Event) -> Self {
+        let class = match &event.body {
+            Body::Delta { .. } => Class::Delta,
+            body if body.is_final() => Class::Final,
+            _ => Class::Progress,
+        };
+        let bytes = reply.format.encode(event);
+        Self {
+            key: key.clone(),
+            reply: reply.clone(),
+            event: event.body.name(),
+            class,
+            bytes,
+        }
+    }
+}
+
+/// Names one acceptance; rises with each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// Why a running task was told to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    Cancelled,
+    Expired,
+    TooLarge,
+    Draining,
+}
+
+/// How the model left a task.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    Done {
+        finish: Finish,
+        product: Product,
+        provenance: Provenance,
+    },
+    /// It was stopped by us; the reason is the job's.
+    Stopped(Product),
+    Failed(Refusal),
+}
+
+/// What the model made of a task.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Product {
+    pub text: String,
+    pub usage: Usage,
+    pub prefill: Duration,
+    pub decode: Duration,
+}
+
+/// An accepted task.
+#[derive(Debug)]
+pub struct Job {
+    pub task: Task,
+    run: String,
+    seq: u64,
+    accepted: Duration,
+    started: Option<Duration>,
+    /// Bytes of the answer that went out as deltas, or would have.
+    offset: usize,
+    pub stop: Option<Stop>,
+}
+
+impl Job {
+    pub fn new(task: Task, run: String, now: Now) -> Self {
+        Self {
+            task,
+            run,
+            seq: 0,
+            accepted: now.boot,
+            started: None,
+            offset: 0,
+            stop: None,
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.started.is_some()
+    }
+
+    /// It left the queue for the model.
+    pub fn start(&mut self, now: Now) {
+        self.started = Some(now.boot);
+    }
+
+    /// Time in the model so far.
+    pub fn service(&self, now: Now) -> Duration {
+        self.started
+            .map_or(Duration::ZERO, |at| now.boot.saturating_sub(at))
+    }
+
+    /// The next event of this run.
+    pub fn say(&mut self, gateway: &str, now: Now, body: Body) -> Post {
+        let event = Event::new(&self.task.key, gateway, &self.run, self.seq, now, body);
+        self.seq += 1;
+        Post::new(&self.task.key, &self.task.reply, &event)
+    }
+
+    /// New text of the answer: a delta where the sender wants them. Says to stop when the answer outgrows
+    /// its bound.
+    pub fn text(&mut self, gateway: &str, now: Now, text: String) -> (Option<Post>, bool) {
+        let offset = self.offset as u64;
+        self.offset += text.len();
+        let too_large = self.offset > ANSWER_BYTES_MAX;
+        let post = (self.task.stream && !too_large)
+            .then(|| self.say(gateway, now, Body::Delta { text, offset }));
+        (post, too_large)
+    }
+
+    /// The body of the final event.
+    pub fn outcome(&self, now: Now, outcome: Outcome) -> Body {
+        match outcome {
+            Outcome::Failed(refusal) => Body::Failed(refusal),
+            Outcome::Done { product, .. } if product.text.len() > ANSWER_BYTES_MAX => too_large(),
+            Outcome::Done {
+                finish,
+                product,
+                provenance,
+            } => {
+                let timing = self.timing(now, &product);
+                Body::Done {
+                    text: product.text,
+                    finish,
+                    usage: product.usage,
+                    timing,
+                    provenance,
+                }
+            }
+            Outcome::Stopped(product) => stopped(self.stop, product),
+        }
+    }
+
+    fn timing(&self, now: Now, product: &Product) -> Timing {
+        let seconds = product.decode.as_secs_f64();
+        let rate = if seconds > 0.0 {
+            product.usage.generated_tokens as f64 / seconds
+        } else {
+            0.0
+        };
+        Timing {
+            queue_ms: self
+                .started
+                .unwrap_or(now.boot)
+                .saturating_sub(self.accepted)
+                .as_millis() as u64,
+            prefill_ms: product.prefill.as_millis() as u64,
+            decode_ms: product.decode.as_millis() as u64,
+            tokens_per_s: (rate * 100.0).round() / 100.0,
+        }
+    }
+}
+
+/// The final event of a task that was stopped.
+pub(crate) fn stopped(stop: Option<Stop>, product: Product) -> Body {
+    let partial = |reason: &str| Partial {
+        text: product.text.clone(),
+        usage: product.usage,
+        reason: reason.to_owned(),
+    };
+    match stop {
+        Some(Stop::Cancelled) => Body::Cancelled(partial("its sender cancelled it")),
+        Some(Stop::Expired) => Body::Expired(partial("its deadline passed")),
+        Some(Stop::TooLarge) => too_large(),
+        Some(Stop::Draining) => {
+            let reason = "the gateway shut down before the task was finished: send it again".into();
+            Body::Failed(Refusal::new(Code::Draining, reason))
+        }
+        None => Body::Failed(Refusal::new(
+            Code::Internal,
+            "the model stopped without being told to".into(),
+        )),
+    }
+}
+
+fn too_large() -> Body {
+    let reason = format!("the answer grew beyond {ANSWER_BYTES_MAX} bytes");
+    Body::Failed(Refusal::new(Code::TooLarge, reason).with_limit(ANSWER_BYTES_MAX as u64))
+}

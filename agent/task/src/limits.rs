@@ -1,0 +1,84 @@
+//! Every bound of the protocol side, and their sum. A configuration may lower most of them, never raise one.
+//! The engine's memory (weights, KV arena) is counted by the engine.
+
+/// A task's payload, as it comes from the broker.
+pub const PAYLOAD_BYTES_MAX: usize = 256 * KIB;
+/// The packet size advertised to the broker: above the payload limit, so that a task somewhat too large is
+/// refused with an answer instead of being dropped by the broker in silence.
+pub const PACKET_BYTES_MAX: usize = 2 * PAYLOAD_BYTES_MAX;
+/// Task ids: 1 to this many of `A–Z a–z 0–9 _ - .`.
+pub const ID_BYTES_MAX: usize = 64;
+/// A sender's topic level.
+pub const SENDER_BYTES_MAX: usize = 128;
+/// A reply topic, and a configured base.
+pub const TOPIC_BYTES_MAX: usize = 512;
+/// Correlation Data, which comes back unchanged.
+pub const CORRELATION_BYTES_MAX: usize = 256;
+/// What of an input a `reason` may repeat.
+pub const ECHO_BYTES_MAX: usize = 64;
+/// Messages of a `chat` task.
+pub const MESSAGES_MAX: usize = 128;
+/// Stop strings of a task, and the bytes of each.
+pub const STOPS_MAX: usize = 8;
+pub const STOP_BYTES_MAX: usize = 64;
+/// Tokens a task may ask for.
+pub const TOKENS_MAX: usize = 8192;
+/// An answer longer than this fails as `too_large`: it is never cut.
+pub const ANSWER_BYTES_MAX: usize = 256 * KIB;
+/// Seeds survive a trip through a JavaScript number.
+pub const SEED_MAX: u64 = (1 << 53) - 1;
+pub const PRIORITY_MAX: u8 = 9;
+pub const PRIORITY_DEFAULT: u8 = 5;
+
+/// Tasks that wait, and the bytes of their payloads together.
+pub const QUEUE_TASKS_MAX: usize = 256;
+pub const QUEUE_BYTES_MAX: usize = 4 * MIB;
+/// Tasks that run at the same time.
+pub const RUNNING_TASKS_MAX: usize = 16;
+/// Final events kept for resent tasks, and the bytes of their payloads together.
+pub const RECALL_TASKS_MAX: usize = 10_000;
+pub const RECALL_BYTES_MAX: usize = 12 * MIB;
+/// What a recalled task costs beyond its payload: key, digest, outcome, index entries.
+pub const RECALL_ENTRY_BYTES: usize = 640;
+/// Cancels remembered because they overtook their task.
+pub const CANCELS_MAX: usize = 1024;
+/// Messages received and not yet decided (the receive maximum told to the broker).
+pub const INBOX_MESSAGES_MAX: usize = 16;
+/// Events not yet acknowledged by the broker.
+pub const OUTBOX_EVENTS_MAX: usize = 1024;
+pub const OUTBOX_BYTES_MAX: usize = 8 * MIB;
+/// Room that one task's events may take in the outbox; below it no further message is taken in.
+pub const OUTBOX_RESERVE_BYTES: usize = ANSWER_JSON_BYTES_MAX + 16 * KIB;
+pub const OUTBOX_RESERVE_EVENTS: usize = 4;
+/// QoS 1 publishes in flight to the broker.
+pub const INFLIGHT_MAX: usize = 16;
+/// Requests handed to the MQTT client and not yet written.
+pub const REQUESTS_MAX: usize = 64;
+/// Events from the model's thread to the agent.
+pub const WORKER_EVENTS_MAX: usize = 256;
+
+/// JSON may escape each byte of an answer as `\u00XX`.
+const ANSWER_JSON_BYTES_MAX: usize = 6 * ANSWER_BYTES_MAX;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+/// What all of the above may hold at once.
+pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
+    + QUEUE_TASKS_MAX * (TOPIC_BYTES_MAX + CORRELATION_BYTES_MAX + SENDER_BYTES_MAX + ID_BYTES_MAX)
+    + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + 2 * ANSWER_BYTES_MAX)
+    + RECALL_BYTES_MAX
+    + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
+    + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
+    + INBOX_MESSAGES_MAX * PACKET_BYTES_MAX
+    + OUTBOX_BYTES_MAX
+    + WORKER_EVENTS_MAX * KIB;
+
+const _: () = assert!(
+    MEMORY_BYTES_MAX <= 64 * MIB,
+    "the bounds add up to more than the budget"
+);
+const _: () =
+    assert!(PACKET_BYTES_MAX > PAYLOAD_BYTES_MAX + TOPIC_BYTES_MAX + CORRELATION_BYTES_MAX);
+const _: () = assert!(OUTBOX_RESERVE_BYTES * 2 < OUTBOX_BYTES_MAX);
+const _: () = assert!(OUTBOX_EVENTS_MAX > (QUEUE_TASKS_MAX + RUNNING_TASKS_MAX) * 3);
+const _: () = assert!(INFLIGHT_MAX < REQUESTS_MAX);

@@ -1,0 +1,191 @@
+//! The final events of the dedup window: what a resent task is answered with. Bounded by age, count and
+//! bytes; at the byte bound the oldest texts go first and their outcomes stay. Never judges a task.
+
+use crate::wire::Key;
+use sha2::{Digest, Sha256};
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+/// The bounds of the window.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    pub age_max: Duration,
+    pub tasks_max: usize,
+    pub bytes_max: usize,
+}
+
+/// What is known of a task that reached its end.
+#[derive(Debug, Clone)]
+pub struct Recalled {
+    /// Of the task as decoded.
+    pub task_digest: [u8; 32],
+    /// The final event's name.
+    pub event: &'static str,
+    /// Of the final event's payload.
+    pub digest: [u8; 32],
+    pub bytes_len: usize,
+    /// The payload; `None` once it had to go.
+    pub bytes: Option<Vec<u8>>,
+    at: Duration,
+}
+
+/// Final events by task.
+#[derive(Debug)]
+pub struct Recall {
+    window: Window,
+    tasks: HashMap<Key, Recalled>,
+    /// Oldest first; a key is in it exactly once.
+    order: VecDeque<Key>,
+    /// How many of `order`'s oldest have lost their text.
+    bare: usize,
+    bytes: usize,
+}
+
+impl Recall {
+    pub fn new(window: Window) -> Self {
+        Self {
+            window,
+            tasks: HashMap::new(),
+            order: VecDeque::new(),
+            bare: 0,
+            bytes: 0,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.tasks.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// Bytes of stored payloads.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// What became of `key`, if that is within the window.
+    pub fn get(&mut self, now: Duration, key: &Key) -> Option<&Recalled> {
+        self.forget_old(now);
+        self.tasks.get(key)
+    }
+
+    /// Remembers a final event. A task ends once, so a known key is left as it is.
+    pub fn put(
+        &mut self,
+        now: Duration,
+        key: Key,
+        task_digest: [u8; 32],
+        event: &'static str,
+        bytes: Vec<u8>,
+    ) {
+        self.forget_old(now);
+        if self.tasks.contains_key(&key) {
+            return;
+        }
+        while self.order.len() >= self.window.tasks_max {
+            self.forget_oldest();
+        }
+        let recalled = Recalled {
+            task_digest,
+            event,
+            digest: Sha256::digest(&bytes).into(),
+            bytes_len: bytes.len(),
+            at: now,
+            bytes: Some(bytes),
+        };
+        self.bytes += recalled.bytes_len;
+        self.order.push_back(key.clone());
+        self.tasks.insert(key, recalled);
+        while self.bytes > self.window.bytes_max {
+            self.strip_oldest();
+        }
+    }
+
+    fn strip_oldest(&mut self) {
+        if let Some(recalled) = self
+            .order
+            .get(self.bare)
+            .and_then(|key| self.tasks.get_mut(key))
+        {
+            recalled.bytes = None;
+            self.bytes -= recalled.bytes_len;
+        }
+        self.bare += 1;
+    }
+
+    fn forget_oldest(&mut self) {
+        let recalled = self
+            .order
+            .pop_front()
+            .and_then(|key| self.tasks.remove(&key));
+        if self.bare > 0 {
+            self.bare -= 1;
+        } else if let Some(recalled) = recalled {
+            self.bytes -= recalled.bytes_len;
+        }
+    }
+
+    fn forget_old(&mut self, now: Duration) {
+        let age_max = self.window.age_max;
+        let old = |r: &Recalled| now.saturating_sub(r.at) > age_max;
+        while self
+            .order
+            .front()
+            .and_then(|key| self.tasks.get(key))
+            .is_some_and(old)
+        {
+            self.forget_oldest();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key(i: u32) -> Key {
+        Key {
+            sender: "s".into(),
+            task: i.to_string(),
+        }
+    }
+
+    #[test]
+    fn texts_go_before_outcomes() {
+        let mut recall = Recall::new(Window {
+            age_max: Duration::from_secs(60),
+            tasks_max: 10,
+            bytes_max: 100,
+        });
+        for i in 0..3 {
+            recall.put(Duration::ZERO, key(i), [0; 32], "done", vec![b'x'; 40]);
+        }
+        let oldest = recall.get(Duration::ZERO, &key(0)).unwrap();
+        assert_eq!(
+            (oldest.bytes.is_none(), oldest.event, oldest.bytes_len),
+            (true, "done", 40)
+        );
+        assert!(recall.get(Duration::ZERO, &key(2)).unwrap().bytes.is_some());
+        assert!(recall.get(Duration::from_secs(61), &key(2)).is_none());
+        assert_eq!((recall.len(), recall.bytes()), (0, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn bounds_hold_and_the_count_of_bytes_is_right(ops in proptest::collection::vec((0u32..30, 0usize..80, 0u64..20), 0..200)) {
+            let mut recall = Recall::new(Window { age_max: Duration::from_secs(50), tasks_max: 7, bytes_max: 200 });
+            let mut now = Duration::ZERO;
+            for (i, len, pause) in ops {
+                now += Duration::from_secs(pause);
+                recall.put(now, key(i), [0; 32], "done", vec![0; len]);
+                let held: usize = recall.tasks.values().filter_map(|r| r.bytes.as_ref()).map(Vec::len).sum();
+                prop_assert_eq!(held, recall.bytes());
+                prop_assert!(held <= 200 && recall.len() <= 7);
+                prop_assert_eq!(recall.order.len(), recall.tasks.len());
+            }
+        }
+    }
+}

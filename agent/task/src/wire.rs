@@ -1,0 +1,169 @@
+//! Bytes to tasks and cancels, events to bytes. Judges form and bounds of one message; never whether there
+//! is room to run it. JSON is the one form today; the compact form takes its place beside it in [`Format`].
+
+mod cancel;
+mod event;
+mod fields;
+mod task;
+
+pub use cancel::{Cancel, decode_cancel};
+pub use event::{
+    Body, Clock, Code, Event, Finish, Partial, Provenance, Refusal, Timing, Usage, decode_event,
+};
+pub use task::{Bounds, Decoder, FIELDS, Kind, Message, Refused, Sampling, Task};
+
+use crate::limits::ECHO_BYTES_MAX;
+use std::time::Duration;
+
+/// One message as the broker delivered it.
+#[derive(Debug, Clone, Copy)]
+pub struct Envelope<'a> {
+    /// From the topic: MQTT itself never says who published.
+    pub sender: &'a str,
+    pub payload: &'a [u8],
+    pub content_type: Option<&'a str>,
+    pub response_topic: Option<&'a str>,
+    pub correlation: Option<&'a [u8]>,
+    /// What is left of the MQTT message expiry.
+    pub expiry: Option<Duration>,
+    pub retain: bool,
+}
+
+/// Whose task: the idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    pub sender: String,
+    pub task: String,
+}
+
+/// Where a task's events go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    pub topic: String,
+    pub correlation: Option<Vec<u8>>,
+    pub format: Format,
+}
+
+/// The form of a payload: the answer comes in the form of the question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Json,
+}
+
+impl Format {
+    /// The form named by a content type; absent means JSON.
+    pub fn of(content_type: Option<&str>) -> Option<Self> {
+        let Some(text) = content_type else {
+            return Some(Self::Json);
+        };
+        let essence = text.split(';').next().unwrap_or(text).trim();
+        essence
+            .eq_ignore_ascii_case("application/json")
+            .then_some(Self::Json)
+    }
+
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+        }
+    }
+
+    /// An event in this form.
+    pub fn encode(self, event: &Event) -> Vec<u8> {
+        match self {
+            // Events hold strings, integers and finite numbers under string keys: nothing that JSON lacks.
+            Self::Json => serde_json::to_vec(event).unwrap_or_default(),
+        }
+    }
+}
+
+/// Whether `id` is 1–64 of `A–Z a–z 0–9 _ - .` and not the reserved `_invalid`.
+pub fn id_is_plain(id: &str) -> bool {
+    (1..=crate::limits::ID_BYTES_MAX).contains(&id.len())
+        && id != crate::topic::INVALID_TASK
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+}
+
+/// At most 64 bytes of an input, with control characters escaped: what a `reason` may repeat.
+pub fn echo(input: &str) -> String {
+    let mut out = String::new();
+    for c in input.chars() {
+        let piece = escape_char(c);
+        if out.len() + piece.len() + '…'.len_utf8() > ECHO_BYTES_MAX {
+            out.push('…');
+            break;
+        }
+        out.push_str(&piece);
+    }
+    out
+}
+
+/// `text` with everything escaped that could drive a terminal or reorder what a reader sees; newlines and
+/// tabs stay.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if matches!(c, '\n' | '\t') {
+            out.push(c)
+        } else {
+            out.push_str(&escape_char(c))
+        }
+    }
+    out
+}
+
+fn escape_char(c: char) -> String {
+    // Bidirectional overrides and zero-width characters deceive a reader as control characters do a terminal.
+    let deceptive = matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
+    if c.is_control() || deceptive {
+        c.escape_unicode().to_string()
+    } else {
+        c.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(printable("a\u{1b}[31mb\nc"), "a\\u{1b}[31mb\nc");
+        assert_eq!(printable("a\u{202e}b"), "a\\u{202e}b");
+        assert_eq!(echo("x\ny"), "x\\u{a}y");
+    }
+
+    #[test]
+    fn content_types() {
+        assert_eq!(Format::of(None), Some(Format::Json));
+        assert_eq!(
+            Format::of(Some("Application/JSON; charset=utf-8")),
+            Some(Format::Json)
+        );
+        assert_eq!(
+            Format::of(Some("application/vnd.millwright.v1+postcard")),
+            None
+        );
+        assert_eq!(Format::of(Some("")), None);
+    }
+
+    #[test]
+    fn ids() {
+        assert!(id_is_plain("A-z_0.9"));
+        for bad in ["", "a/b", "ä", "a b", "+", "_invalid", &"x".repeat(65)] {
+            assert!(!id_is_plain(bad), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn echoes_are_short_and_plain(text in "\\PC*|[\\x00-\\x7f]*") {
+            let echo = echo(&text);
+            prop_assert!(echo.len() <= ECHO_BYTES_MAX);
+            prop_assert!(!echo.chars().any(char::is_control));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! A cancel message: `{"task": "…"}`. Knows its form; not whether there is such a task.
+
+use super::event::{Code, Refusal};
+use super::fields::Fields;
+use super::{Envelope, Format, Key, echo, id_is_plain};
+use crate::limits::PAYLOAD_BYTES_MAX;
+
+/// A sender's wish to stop one of its own tasks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cancel {
+    pub key: Key,
+    pub format: Format,
+}
+
+/// Reads a cancel, or says why it isn't one.
+pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
+    if envelope.retain {
+        return Err(Refusal::new(
+            Code::Invalid,
+            "a cancel must not be published with RETAIN".into(),
+        ));
+    }
+    let Some(format) = Format::of(envelope.content_type) else {
+        return Err(Refusal::new(
+            Code::Unsupported,
+            "the content type must be application/json".into(),
+        ));
+    };
+    if envelope.payload.len() > PAYLOAD_BYTES_MAX {
+        let reason = format!("the payload has {} bytes", envelope.payload.len());
+        return Err(Refusal::new(Code::TooLarge, reason).with_limit(PAYLOAD_BYTES_MAX as u64));
+    }
+    let mut fields = Fields::parse(envelope.payload)?;
+    fields.only(&["task"])?;
+    let task = fields
+        .text("task")?
+        .ok_or_else(|| Refusal::field("task", "is missing"))?;
+    if !id_is_plain(&task) {
+        return Err(Refusal::field(
+            "task",
+            &format!("is no task id: {}", echo(&task)),
+        ));
+    }
+    Ok(Cancel {
+        key: Key {
+            sender: envelope.sender.to_owned(),
+            task,
+        },
+        format,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn envelope(payload: &[u8]) -> Envelope<'_> {
+        Envelope {
+            sender: "mes",
+            payload,
+            content_type: None,
+            response_topic: None,
+            correlation: None,
+            expiry: None,
+            retain: false,
+        }
+    }
+
+    #[test]
+    fn reads_and_refuses() {
+        let cancel = decode_cancel(&envelope(br#"{"task": "a-1"}"#)).unwrap();
+        assert_eq!(
+            cancel.key,
+            Key {
+                sender: "mes".into(),
+                task: "a-1".into()
+            }
+        );
+        for (payload, part) in [
+            (&b"{}"[..], "`task` is missing"),
+            (br#"{"task": 7}"#, "must be a string"),
+            (br#"{"task": "a/b"}"#, "no task id"),
+            (br#"{"task": "a", "why": 1}"#, "`why` is unknown"),
+            (b"", "not valid JSON"),
+            (b"[]", "not a JSON object"),
+        ] {
+            let refusal = decode_cancel(&envelope(payload)).unwrap_err();
+            assert!(refusal.reason.contains(part), "{}", refusal.reason);
+        }
+        assert!(
+            decode_cancel(&Envelope {
+                retain: true,
+                ..envelope(br#"{"task": "a"}"#)
+            })
+            .is_err()
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_get_a_verdict(payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode_cancel(&envelope(&payload));
+        }
+    }
+}
