@@ -1,1 +1,100 @@
-fn main() {}
+//! The forge's command line: prints, and leaves the work to the library.
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use millwright_engine::bundle::Bundle;
+use millwright_forge::Precision;
+use millwright_forge::cache::Cache;
+use millwright_forge::catalogue::Catalogue;
+use millwright_forge::pull::{is_current, pull};
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Makes the models that Millwright's agent runs: takes published weights, checks them, and writes a bundle
+/// (an ONNX graph, its weights, tokenizer, chat template, licence and a manifest of digests) into a cache.
+///
+/// The cache is $MILLWRIGHT_CACHE, else $XDG_CACHE_HOME/millwright, else ~/.cache/millwright.
+#[derive(Parser)]
+#[command(name = "millwright-forge", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bring a model into the cache and print its folder. At once, if it is there.
+    ///
+    /// Packages come through python3's pip as it is configured on this machine; the digests of all that is
+    /// downloaded are checked against the catalogue. Interrupted, it leaves nothing half-written.
+    Pull(Model),
+    /// Print the folder of a pulled model, or fail if it isn't there.
+    Path(Model),
+    /// List the models that can be pulled and which are there.
+    List,
+}
+
+#[derive(clap::Args)]
+struct Model {
+    /// A name from `list`, such as smollm2-135m
+    name: String,
+    /// int8 for gateways, f32 as the reference that `millwright eval` compares with
+    #[arg(long, value_enum, default_value_t = Precision::Int8)]
+    precision: Precision,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("millwright-forge: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<()> {
+    let (cache, catalogue) = (Cache::from_environment()?, Catalogue::built_in()?);
+    match command {
+        Command::Pull(Model { name, precision }) => {
+            let entry = catalogue.find(name)?;
+            let began = Instant::now();
+            let pulled = pull(&cache, entry, *precision)?;
+            if pulled.made {
+                eprintln!(
+                    "{name} {precision}: made in {:.1} s",
+                    began.elapsed().as_secs_f32()
+                );
+            }
+            println!("{}", pulled.path.display());
+        }
+        Command::Path(Model { name, precision }) => {
+            let entry = catalogue.find(name)?;
+            let path = cache.bundle(name, *precision);
+            if !is_current(&path, entry) {
+                bail!(
+                    "{name} {precision} is not in the cache; `cargo forge pull {name} --precision {precision}` brings it"
+                );
+            }
+            println!("{}", path.display());
+        }
+        Command::List => {
+            for entry in &catalogue.models {
+                println!("{}\n    {} ({})", entry.name, entry.about, entry.licence);
+                for precision in [Precision::Int8, Precision::F32] {
+                    let path = cache.bundle(&entry.name, precision);
+                    let state = match Bundle::open(&path) {
+                        Ok(bundle) if is_current(&path, entry) => {
+                            let bytes: u64 =
+                                bundle.manifest.files.iter().map(|file| file.bytes).sum();
+                            format!("{:.1} MB at {}", bytes as f64 / 1e6, path.display())
+                        }
+                        _ => "not pulled".to_owned(),
+                    };
+                    println!("    {precision:<5} {state}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
