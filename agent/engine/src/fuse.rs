@@ -1,0 +1,187 @@
+//! Joins our operators with their neighbours: a norm or SwiGLU in front, the residual behind.
+//! Changes how many operators there are, never what they compute.
+
+use crate::lower::LINEAR;
+use crate::onnx::{Graph, float, int, ints, new_node, with_float, with_ints};
+use crate::recipe::Recipe;
+use tract_onnx::pb::NodeProto;
+
+pub(crate) const PROJECT: &str = "MillwrightProject";
+
+/// Whether the operators that were left work on each token alone, so that they may run on a flat batch.
+pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
+    const UNARY: [&str; 7] = ["Sigmoid", "Tanh", "Erf", "Cast", "Identity", "Sqrt", "Relu"];
+    const BINARY: [&str; 4] = ["Add", "Mul", "Sub", "Div"];
+    for node in &graph.proto().node {
+        let constant = |i: usize| {
+            node.input
+                .get(i)
+                .is_some_and(|name| graph.is_initializer(name))
+        };
+        let scalar_or_row = |i: usize| {
+            let tensor = node.input.get(i).and_then(|name| graph.initializer(name));
+            tensor.is_none_or(|t| t.dims.len() <= 1)
+        };
+        let fine = match node.op_type.as_str() {
+            op if op.starts_with("Millwright") || op == "Constant" => true,
+            op if UNARY.contains(&op) => true,
+            op if BINARY.contains(&op) => scalar_or_row(0) && scalar_or_row(1),
+            "RMSNormalization" => int(node, "axis").unwrap_or(-1) == -1,
+            "MatMul" => constant(1),
+            "Gather" => constant(0) && int(node, "axis").unwrap_or(0) == 0,
+            _ => false,
+        };
+        if !fine {
+            return Err(format!(
+                "{} ({}) may mix positions",
+                node.op_type, node.name
+            ));
+        }
+    }
+    let foreign = graph.proto().input.iter().find(|i| i.name != "input_ids");
+    foreign.map_or(Ok(()), |input| {
+        Err(format!("it still reads {}", input.name))
+    })
+}
+
+/// Joins what can be joined. Every [`LINEAR`] becomes part of a [`PROJECT`].
+pub(crate) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
+    let mut made = Vec::new();
+    let mut gone = Vec::new();
+    for node in graph
+        .proto()
+        .node
+        .iter()
+        .filter(|node| node.op_type == LINEAR)
+    {
+        if gone.contains(&node.output[0]) {
+            continue;
+        }
+        let project = Project::around(graph, node);
+        gone.extend(
+            project
+                .linears
+                .iter()
+                .map(|linear| linear.output[0].clone()),
+        );
+        gone.extend(project.outputs.iter().cloned());
+        made.push(project.into_node(recipe));
+    }
+    let nodes = &mut graph.proto_mut().node;
+    nodes.retain(|node| !node.output.iter().any(|output| gone.contains(output)));
+    nodes.extend(made);
+    graph.sweep();
+}
+
+/// One operator in the making.
+struct Project<'a> {
+    input: Input<'a>,
+    linears: Vec<&'a NodeProto>,
+    residual: Option<String>,
+    outputs: Vec<String>,
+}
+
+/// What is quantised for the linears.
+enum Input<'a> {
+    Plain(&'a str),
+    /// x, gain and epsilon.
+    Normed(&'a str, &'a str, f32),
+    /// silu(gate) · up.
+    Gated(&'a str, &'a str),
+}
+
+impl<'a> Project<'a> {
+    fn around(graph: &'a Graph, first: &'a NodeProto) -> Self {
+        let x = first.input[0].as_str();
+        let linears: Vec<_> = graph
+            .consumers(x)
+            .filter(|node| node.op_type == LINEAR)
+            .collect();
+        let mut project = Self {
+            input: normed(graph, x)
+                .or_else(|| gated(graph, x))
+                .unwrap_or(Input::Plain(x)),
+            outputs: linears.iter().map(|node| node.output[0].clone()).collect(),
+            linears,
+            residual: None,
+        };
+        project.join_residual(graph);
+        project
+    }
+
+    /// `Add(x, linear(x'))`.
+    fn join_residual(&mut self, graph: &Graph) {
+        let [output] = self.outputs.as_slice() else {
+            return;
+        };
+        let Some(add) = graph.sole_consumer(output).filter(|n| n.op_type == "Add") else {
+            return;
+        };
+        let Some(other) = add.input.iter().find(|input| *input != output) else {
+            return;
+        };
+        if !graph.is_initializer(other) {
+            self.residual = Some(other.clone());
+            self.outputs = vec![add.output[0].clone()];
+        }
+    }
+
+    fn into_node(self, recipe: &mut Recipe) -> NodeProto {
+        let (mut inputs, gated, norm) = match self.input {
+            Input::Plain(x) => (vec![x], false, None),
+            Input::Normed(x, gain, epsilon) => {
+                (vec![x], false, Some((recipe.table(gain), epsilon)))
+            }
+            Input::Gated(gate, up) => (vec![gate, up], true, None),
+        };
+        inputs.extend(self.residual.as_deref());
+        let outputs: Vec<&str> = self.outputs.iter().map(String::as_str).collect();
+        let all = |name| -> Vec<usize> {
+            self.linears
+                .iter()
+                .flat_map(|n| ints(n, name))
+                .map(|&v| v as usize)
+                .collect()
+        };
+        let mut node = new_node(PROJECT, &inputs, &outputs);
+        node = with_ints(node, "weights", &all("weights"));
+        node = with_ints(node, "widths", &all("widths"));
+        node = with_ints(node, "gated", &[usize::from(gated)]);
+        node = with_ints(node, "head", &[usize::from(outputs == ["logits"])]);
+        if let Some((gain, epsilon)) = norm {
+            node = with_float(with_ints(node, "norm", &[gain]), "epsilon", epsilon);
+        }
+        node
+    }
+}
+
+/// `RMSNormalization(x, gain)` over the last axis.
+fn normed<'a>(graph: &'a Graph, value: &str) -> Option<Input<'a>> {
+    let norm = graph.made_by(value, "RMSNormalization")?;
+    let known = int(norm, "axis").unwrap_or(-1) == -1 && graph.is_f32_initializer(&norm.input[1]);
+    known.then(|| {
+        Input::Normed(
+            &norm.input[0],
+            &norm.input[1],
+            float(norm, "epsilon").unwrap_or(1e-5),
+        )
+    })
+}
+
+/// `Mul(Mul(gate, Sigmoid(gate)), up)`, the factors in either order.
+fn gated<'a>(graph: &'a Graph, value: &str) -> Option<Input<'a>> {
+    let both = graph.made_by(value, "Mul")?;
+    let silu_of = |value: &str| -> Option<&'a str> {
+        let silu = graph.made_by(value, "Mul")?;
+        let gate_of = |gate: &'a String, sigmoid: &str| {
+            let sigmoid = graph.made_by(sigmoid, "Sigmoid")?;
+            (sigmoid.input[0] == *gate).then_some(gate.as_str())
+        };
+        gate_of(&silu.input[0], &silu.input[1]).or_else(|| gate_of(&silu.input[1], &silu.input[0]))
+    };
+    let [a, b] = both.input.as_slice() else {
+        return None;
+    };
+    let gate_first = silu_of(a).map(|gate| Input::Gated(gate, b));
+    gate_first.or_else(|| silu_of(b).map(|gate| Input::Gated(gate, a)))
+}

@@ -1,0 +1,234 @@
+//! From a folder to a model that can run: bundle, graph, rewriting, packing, plan. What goes wrong here is said
+//! once, at start, in a sentence.
+
+use crate::bundle::{Bundle, BundleError, GRAPH};
+use crate::forward::{Flat, Forward, Parts, Plain};
+use crate::fuse::{fuse, position_wise};
+use crate::lower;
+use crate::onnx::{Graph, GraphError};
+use crate::pack::{PackError, Weights};
+use crate::recipe::Recipe;
+use crate::text::{Text, TextError};
+use millwright_kernels::{Kernel, KernelError, Pool};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tract_onnx::prelude::TractError;
+
+/// How a model is to be run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Threads for arithmetic, the caller's included.
+    pub threads: usize,
+    /// A kernel by name; the best of this CPU otherwise (or `MILLWRIGHT_KERNEL`).
+    pub kernel: Option<String>,
+    /// Where packed weights are kept.
+    pub state_dir: PathBuf,
+    /// Answers in progress at once.
+    pub slots: usize,
+    /// Positions in the KV arena, shared by all slots.
+    pub kv_tokens: usize,
+    /// Prompt tokens in one step at most.
+    pub prefill_chunk: usize,
+    pub plan: PlanChoice,
+}
+
+/// Which plan to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlanChoice {
+    /// Flat where every attention block is recognised, else plain.
+    Auto,
+    /// Plain always: the reference.
+    Plain,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            kernel: None,
+            state_dir: std::env::temp_dir().join("millwright"),
+            slots: 4,
+            kv_tokens: 8192,
+            prefill_chunk: 128,
+            plan: PlanChoice::Auto,
+        }
+    }
+}
+
+/// Why a model can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("option {name} is {value}; it must be {range}")]
+    Option {
+        name: &'static str,
+        value: usize,
+        range: &'static str,
+    },
+    #[error("tract can't run the graph in {folder}: {reason}")]
+    Plan { folder: PathBuf, reason: String },
+}
+
+/// What a model is and how it runs here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Card {
+    pub name: String,
+    pub version: String,
+    pub architecture: String,
+    pub precision: String,
+    /// SHA-256 over the bundle's files.
+    pub digest: String,
+    /// Tokens that prompt and answer may take together.
+    pub context_length: usize,
+    /// Whether the same task gives the same tokens on every supported CPU, in any batch (ARITHMETIC.md).
+    pub exact: bool,
+    /// `flat` or `plain`.
+    pub plan: &'static str,
+    pub kernel: String,
+    pub threads: usize,
+    /// What was left to tract, and why.
+    pub notes: Vec<String>,
+    /// Whether it takes `chat` requests.
+    pub chat: bool,
+}
+
+/// An opened model.
+pub(crate) struct Model {
+    pub(crate) card: Card,
+    pub(crate) text: Arc<Text>,
+    pub(crate) forward: Box<dyn Forward>,
+    pub(crate) slots: usize,
+    pub(crate) vocab: usize,
+    pub(crate) packed_bytes: usize,
+    pub(crate) bytes_per_token: usize,
+}
+
+impl Options {
+    fn check(&self) -> Result<(), OpenError> {
+        let bounds = [
+            ("threads", self.threads, 256, "1 to 256"),
+            ("slots", self.slots, 64, "1 to 64"),
+            ("kv_tokens", self.kv_tokens, 1 << 20, "1 to 1048576"),
+            ("prefill_chunk", self.prefill_chunk, 4096, "1 to 4096"),
+        ];
+        for (name, value, max, range) in bounds {
+            if value == 0 || value > max {
+                return Err(OpenError::Option { name, value, range });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Model {
+    pub(crate) fn open(folder: &Path, options: &Options) -> Result<Self, OpenError> {
+        options.check()?;
+        let bundle = Bundle::open(folder)?;
+        let kernel = match &options.kernel {
+            Some(name) => Kernel::named(name)?,
+            None => Kernel::chosen()?,
+        };
+        let text = Arc::new(Text::open(&bundle)?);
+        let mut graph = Graph::open(&bundle.path(GRAPH))?;
+        let mut recipe = Recipe::default();
+        lower::linears(&mut graph, &mut recipe)?;
+        let flat = match options.plan {
+            PlanChoice::Plain => Err("the plain plan was asked for".to_owned()),
+            PlanChoice::Auto => flatten(&mut graph, &mut recipe),
+        };
+        fuse(&mut graph, &mut recipe);
+        let left: Vec<&str> = graph
+            .proto()
+            .node
+            .iter()
+            .map(|node| node.op_type.as_str())
+            .collect();
+        let fused = flat.is_ok() && left.iter().all(|op| op.starts_with("Millwright"));
+        if let Err(why) = &flat {
+            recipe.notes.push(format!("one sequence at a time: {why}"));
+        } else if !fused {
+            let foreign = left
+                .iter()
+                .filter(|op| !op.starts_with("Millwright"))
+                .count();
+            recipe
+                .notes
+                .push(format!("{foreign} operators were left to tract"));
+        }
+        let weights = Weights::open(
+            &bundle,
+            &graph,
+            &recipe,
+            kernel.layout(),
+            &options.state_dir,
+        )?;
+        let weights = Arc::new(weights);
+        let (packed_bytes, bytes_per_token) = (weights.bytes(), weights.bytes_per_token());
+        let pool = Pool::new(options.threads);
+        let parts = Parts {
+            graph,
+            folder,
+            weights,
+            kernel,
+            pool,
+        };
+        let plan = |e: TractError| OpenError::Plan {
+            folder: folder.into(),
+            reason: format!("{e:#}"),
+        };
+        let context_length = bundle.manifest.context_length.min(options.kv_tokens);
+        let is_flat = flat.is_ok();
+        let forward: Box<dyn Forward> = if is_flat {
+            Box::new(Flat::new(parts, &recipe, options.slots, options.kv_tokens).map_err(plan)?)
+        } else {
+            Box::new(Plain::new(parts, context_length).map_err(plan)?)
+        };
+        let card = Card {
+            name: bundle.manifest.name.clone(),
+            version: bundle.manifest.version.clone(),
+            architecture: bundle.manifest.architecture.clone(),
+            precision: bundle.manifest.precision.clone(),
+            digest: bundle.digest(),
+            context_length,
+            exact: fused && kernel.is_exact(),
+            plan: if is_flat { "flat" } else { "plain" },
+            kernel: kernel.name().into(),
+            threads: options.threads,
+            notes: recipe.notes,
+            chat: text.has_template(),
+        };
+        let slots = if is_flat { options.slots } else { 1 };
+        let vocab = forward.vocab();
+        Ok(Self {
+            card,
+            text,
+            forward,
+            slots,
+            vocab,
+            packed_bytes,
+            bytes_per_token,
+        })
+    }
+}
+
+/// Takes the graph to its flat form, or leaves it as it was and says why not.
+fn flatten(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), String> {
+    let before = graph.model.clone();
+    let done = lower::attention(graph, recipe).and_then(|()| position_wise(graph));
+    if done.is_err() {
+        graph.model = before;
+        graph.index();
+        recipe.geometry = None;
+        recipe.tables.clear();
+    }
+    done
+}

@@ -1,0 +1,66 @@
+//! What the engine needs of a model beside its graph: which weights to pack, which small tables to keep, and the
+//! sizes of its attention. Lowering fills it, packing follows it.
+
+/// A weight to be packed: `[rows, cols]`, one output per row, int8 with a scale per 32 columns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct WeightSource {
+    /// The int8 initializer.
+    pub(crate) values: String,
+    /// The f32 initializer with one scale per 32 inputs and output.
+    pub(crate) scales: String,
+    /// Outputs.
+    pub(crate) rows: usize,
+    /// Inputs; a multiple of 32.
+    pub(crate) cols: usize,
+    pub(crate) order: Order,
+}
+
+/// How a weight lies in its initializer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// `[rows, cols]`, as an embedding table does.
+    RowMajor,
+    /// `[cols, rows]`, as the second operand of a `MatMul` does.
+    ColumnMajor,
+}
+
+/// The sizes that the KV arena needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub(crate) layers: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+/// All of it. An index into `weights` or `tables` is what our operators carry in the graph.
+#[derive(Debug, Default)]
+pub(crate) struct Recipe {
+    pub(crate) weights: Vec<WeightSource>,
+    /// Names of f32 initializers: norm gains, cosines and sines.
+    pub(crate) tables: Vec<String>,
+    /// Set when every attention block was recognised.
+    pub(crate) geometry: Option<Geometry>,
+    /// What was left to tract, and why.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Recipe {
+    /// The index of this weight, added at its first mention.
+    pub(crate) fn weight(&mut self, source: WeightSource) -> usize {
+        position_or_push(&mut self.weights, source)
+    }
+
+    /// The index of this table, added at its first mention.
+    pub(crate) fn table(&mut self, name: &str) -> usize {
+        position_or_push(&mut self.tables, name.to_owned())
+    }
+}
+
+fn position_or_push<T: PartialEq>(all: &mut Vec<T>, item: T) -> usize {
+    all.iter()
+        .position(|other| *other == item)
+        .unwrap_or_else(|| {
+            all.push(item);
+            all.len() - 1
+        })
+}

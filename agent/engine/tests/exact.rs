@@ -1,0 +1,164 @@
+//! The same logits, bit for bit, whatever the threads, the chunks of the prefill, the company in the batch and the
+//! kernel.
+
+use millwright_engine::sampler::Sampling;
+use millwright_engine::{Completion, Engine, Event, Options, Prompt, Request, kernels};
+use std::collections::HashMap;
+use std::path::Path;
+use tempfile::TempDir;
+
+const TEXT: &str = "Replaced the seal on slew motor 3; pressure holds at 210 bar. Grease lines on the bucket were broken.";
+
+struct Tiny(TempDir);
+
+impl Tiny {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        millwright_forge::tiny::write(folder.path(), millwright_forge::Precision::Int8).unwrap();
+        Self(folder)
+    }
+
+    fn open(&self, change: impl FnOnce(&mut Options)) -> Engine {
+        let state_dir = self.0.path().join("state");
+        let mut options = Options {
+            threads: 1,
+            state_dir,
+            slots: 4,
+            kv_tokens: 1024,
+            ..Options::default()
+        };
+        change(&mut options);
+        Engine::open(self.path(), &options).unwrap()
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+fn logits(engine: &mut Engine) -> Vec<Vec<u32>> {
+    let tokens = engine.text().encode(TEXT).unwrap();
+    let mut rows = Vec::new();
+    engine
+        .score(&tokens, &mut |_, row| {
+            rows.push(row.iter().map(|v| v.to_bits()).collect())
+        })
+        .unwrap();
+    assert_eq!(rows.len(), tokens.len());
+    rows
+}
+
+#[test]
+fn logits_do_not_depend_on_threads_or_chunks() {
+    let tiny = Tiny::new();
+    let expected = logits(&mut tiny.open(|_| {}));
+    for threads in [1, 2, 3] {
+        for prefill_chunk in [1, 2, 7, 64] {
+            let mut engine = tiny.open(|o| (o.threads, o.prefill_chunk) = (threads, prefill_chunk));
+            assert!(
+                engine.card().exact && engine.card().plan == "flat",
+                "{:?}",
+                engine.card()
+            );
+            assert!(
+                logits(&mut engine) == expected,
+                "{threads} threads, chunks of {prefill_chunk}"
+            );
+        }
+    }
+}
+
+#[test]
+fn logits_do_not_depend_on_the_kernel() {
+    let tiny = Tiny::new();
+    let mut all: HashMap<&str, _> = HashMap::new();
+    for name in kernels().into_iter().filter(|name| *name != "reference") {
+        all.insert(
+            name,
+            logits(&mut tiny.open(|o| o.kernel = Some(name.to_owned()))),
+        );
+    }
+    let expected = &all["scalar"];
+    assert!(all.values().all(|rows| rows == expected));
+}
+
+fn request(index: usize) -> Request {
+    Request {
+        prompt: Prompt::Text(TEXT[index * 7..].to_owned()),
+        max_tokens: 12 + index,
+        sampling: Sampling {
+            temperature: 1.0,
+            seed: index as u64,
+            ..Sampling::greedy()
+        },
+        stop: Vec::new(),
+    }
+}
+
+fn run(engine: &mut Engine, requests: &[Request]) -> Vec<Completion> {
+    let mut slots = Vec::new();
+    for request in requests {
+        let prepared = engine
+            .preparer()
+            .prepare(request.clone())
+            .unwrap()
+            .ignoring_eos();
+        slots.push(engine.start(prepared).unwrap());
+    }
+    let mut done = HashMap::new();
+    let mut streamed: HashMap<_, String> = HashMap::new();
+    while done.len() < slots.len() {
+        for (slot, event) in engine.step().unwrap() {
+            match event {
+                Event::Started => {}
+                Event::Text(text) => streamed.entry(slot).or_default().push_str(&text),
+                Event::Done(completion) => {
+                    let text = streamed.remove(&slot).unwrap_or_default();
+                    assert_eq!(text, completion.text, "what was streamed is the answer");
+                    done.insert(slot, completion);
+                }
+            }
+        }
+    }
+    slots
+        .iter()
+        .map(|slot| done.remove(slot).unwrap())
+        .collect()
+}
+
+#[test]
+fn an_answer_does_not_depend_on_its_company() {
+    let tiny = Tiny::new();
+    let requests: Vec<Request> = (0..4).map(request).collect();
+    let alone: Vec<Completion> = requests
+        .iter()
+        .flat_map(|r| run(&mut tiny.open(|_| {}), std::slice::from_ref(r)))
+        .collect();
+    for prefill_chunk in [5, 128] {
+        let together = run(
+            &mut tiny.open(|o| (o.prefill_chunk, o.threads) = (prefill_chunk, 2)),
+            &requests,
+        );
+        for (one, other) in alone.iter().zip(&together) {
+            assert_eq!((&one.tokens, &one.text), (&other.tokens, &other.text));
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_answer_frees_its_slot_and_its_blocks() {
+    let tiny = Tiny::new();
+    let mut engine = tiny.open(|o| (o.slots, o.kv_tokens) = (1, 192));
+    let prepare = |engine: &Engine| engine.preparer().prepare(request(0)).unwrap();
+    let slot = engine.start(prepare(&engine)).unwrap();
+    assert!(engine.start(prepare(&engine)).is_err());
+    engine.step().unwrap();
+    let partial = engine.cancel(slot);
+    assert_eq!(partial.finish, millwright_engine::Finish::Cancelled);
+    assert_eq!(engine.usage().kv_tokens_used, 0);
+    let next = run(&mut engine, &[request(0)]);
+    assert_eq!(
+        next[0].tokens,
+        run(&mut tiny.open(|_| {}), &[request(0)])[0].tokens
+    );
+}
