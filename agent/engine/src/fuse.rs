@@ -14,9 +14,10 @@ pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
     const BINARY: [&str; 4] = ["Add", "Mul", "Sub", "Div"];
     for node in &graph.proto().node {
         let constant = |i: usize| {
-            node.input
-                .get(i)
-                .is_some_and(|name| graph.is_initializer(name))
+            node.input.get(i).is_some_and(|name| {
+                let transposed = graph.made_by(name, "Transpose");
+                graph.is_initializer(transposed.map_or(name, |node| &node.input[0]))
+            })
         };
         let scalar_or_row = |i: usize| {
             let tensor = node.input.get(i).and_then(|name| graph.initializer(name));
@@ -28,6 +29,7 @@ pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
             op if BINARY.contains(&op) => scalar_or_row(0) && scalar_or_row(1),
             "RMSNormalization" => int(node, "axis").unwrap_or(-1) == -1,
             "MatMul" => constant(1),
+            "Transpose" => constant(0),
             "Gather" => constant(0) && int(node, "axis").unwrap_or(0) == 0,
             _ => false,
         };
