@@ -34,8 +34,15 @@ pub(crate) trait Sink {
 #[derive(Copy, Clone)]
 pub(crate) enum Row<'a> {
     Plain(&'a [f32]),
-    Normed { x: &'a [f32], gamma: &'a [f32], eps: f32 },
-    Gated { gate: &'a [f32], up: &'a [f32] },
+    Normed {
+        x: &'a [f32],
+        gamma: &'a [f32],
+        eps: f32,
+    },
+    Gated {
+        gate: &'a [f32],
+        up: &'a [f32],
+    },
 }
 
 /// Sixteen elements of a row from `at` on. `factor` is the norm's.
@@ -43,10 +50,14 @@ pub(crate) enum Row<'a> {
 fn element<S: Simd>(s: S, row: Row, factor: S::F, at: usize) -> S::F {
     match row {
         Row::Plain(x) => s.load_part(part(x, at)),
-        Row::Normed { x, gamma, .. } => {
-            s.mul(s.mul(s.load_part(part(x, at)), factor), s.load_part(part(gamma, at)))
-        }
-        Row::Gated { gate, up } => s.mul(silu(s, s.load_part(part(gate, at))), s.load_part(part(up, at))),
+        Row::Normed { x, gamma, .. } => s.mul(
+            s.mul(s.load_part(part(x, at)), factor),
+            s.load_part(part(gamma, at)),
+        ),
+        Row::Gated { gate, up } => s.mul(
+            silu(s, s.load_part(part(gate, at))),
+            s.load_part(part(up, at)),
+        ),
     }
 }
 
@@ -83,7 +94,9 @@ pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, sink: &mut impl S
         let high = s.nan_to_zero(element(s, row, factor, block * 32 + 16));
         let amax = max_lane(s, s.max(s.abs(low), s.abs(high)));
         let (q, scale, offset) = sink.put(block);
-        let [q_low, q_high] = q.as_chunks_mut::<16>().0 else { unreachable!() };
+        let [q_low, q_high] = q.as_chunks_mut::<16>().0 else {
+            unreachable!()
+        };
         if amax >= AMAX_MIN && amax.is_finite() {
             let inverse = s.splat(127.0 / amax);
             // |x| · (127 / amax) is at most 127.00002, which rounds to 127: nothing to clamp.
@@ -120,11 +133,17 @@ pub(crate) fn tile<S: Simd, const T: usize>(
 ) {
     let mut sums = [s.splat(0.0); T];
     for (((w, q), scale), offset) in w.iter().zip(a.q).zip(a.scale).zip(a.offset) {
-        let (w_scale, w) = w.split_first_chunk::<SCALE_BYTES>().expect("a block has scales");
+        let (w_scale, w) = w
+            .split_first_chunk::<SCALE_BYTES>()
+            .expect("a block has scales");
         let w_scale = s.load_f16(w_scale);
         let w = w.try_into().expect("a block has weights");
-        let q = q[first..first + T].try_into().expect("a group has the tokens");
-        let offset = offset[first..first + T].try_into().expect("a group has the tokens");
+        let q = q[first..first + T]
+            .try_into()
+            .expect("a group has the tokens");
+        let offset = offset[first..first + T]
+            .try_into()
+            .expect("a group has the tokens");
         let dots = s.dot::<T>(w, q, offset);
         for token in 0..T {
             let scale = s.mul(w_scale, s.splat(scale[first + token]));
@@ -150,7 +169,11 @@ fn norm_factor<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
-    let r = s.fma(n, s.splat(-math::LN2_LOW), s.fma(n, s.splat(-math::LN2_HIGH), x));
+    let r = s.fma(
+        n,
+        s.splat(-math::LN2_LOW),
+        s.fma(n, s.splat(-math::LN2_HIGH), x),
+    );
     let mut p = s.splat(math::EXP_POLYNOMIAL[0]);
     for coefficient in &math::EXP_POLYNOMIAL[1..] {
         p = s.fma(p, r, s.splat(*coefficient));
@@ -206,7 +229,14 @@ pub(crate) fn to_f16<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
 
 /// One query against `keys` keys, softmax over absolute tiles of 64 keys.
 #[inline(always)]
-pub(crate) fn attend<S: Simd>(s: S, q: &[f32], blocks: &Blocks, keys: usize, scale: f32, out: &mut [f32]) {
+pub(crate) fn attend<S: Simd>(
+    s: S,
+    q: &[f32],
+    blocks: &Blocks,
+    keys: usize,
+    scale: f32,
+    out: &mut [f32],
+) {
     let head = q.len();
     // Both padded with zeros to whole vectors, which adds nothing to a dot product.
     let mut query = [0.0; HEAD_MAX];
@@ -217,7 +247,10 @@ pub(crate) fn attend<S: Simd>(s: S, q: &[f32], blocks: &Blocks, keys: usize, sca
     for block in 0..keys.div_ceil(KV_BLOCK) {
         let present = (keys - block * KV_BLOCK).min(KV_BLOCK);
         let (k, v) = blocks(block);
-        assert!(k.len() == KV_BLOCK * head && v.len() == KV_BLOCK * head, "block {block} is not [64, {head}]");
+        assert!(
+            k.len() == KV_BLOCK * head && v.len() == KV_BLOCK * head,
+            "block {block} is not [64, {head}]"
+        );
         scores(s, &query, head, k, present, scale, &mut p);
         let new_top = max_score(s, &p, top);
         let decay = math::exp(top - new_top);
@@ -239,7 +272,15 @@ pub(crate) fn attend<S: Simd>(s: S, q: &[f32], blocks: &Blocks, keys: usize, sca
 
 /// The scaled products of the query with the `present` keys of a block; −∞ for the others.
 #[inline(always)]
-fn scores<S: Simd>(s: S, q: &[f32; HEAD_MAX], head: usize, k: &[u16], present: usize, scale: f32, p: &mut [f32; 64]) {
+fn scores<S: Simd>(
+    s: S,
+    q: &[f32; HEAD_MAX],
+    head: usize,
+    k: &[u16],
+    present: usize,
+    scale: f32,
+    p: &mut [f32; 64],
+) {
     for (group, p) in p.as_chunks_mut::<16>().0.iter_mut().enumerate() {
         if group * 16 >= present {
             p.fill(f32::NEG_INFINITY);
@@ -262,7 +303,9 @@ fn scores<S: Simd>(s: S, q: &[f32; HEAD_MAX], head: usize, k: &[u16], present: u
 
 #[inline(always)]
 fn max_score<S: Simd>(s: S, p: &[f32; 64], top: f32) -> f32 {
-    let [a, b, c, d] = p.as_chunks().0 else { unreachable!() };
+    let [a, b, c, d] = p.as_chunks().0 else {
+        unreachable!()
+    };
     let tile = s.max(s.max(s.load(a), s.load(b)), s.max(s.load(c), s.load(d)));
     let tile = max_lane(s, tile);
     if top > tile { top } else { tile }
@@ -270,11 +313,20 @@ fn max_score<S: Simd>(s: S, p: &[f32; 64], top: f32) -> f32 {
 
 /// `sums = sums * decay + Σ p_j · v_j`, j ascending.
 #[inline(always)]
-fn accumulate<S: Simd>(s: S, p: &[f32], v: &[u16], head: usize, decay: f32, sums: &mut [f32; HEAD_MAX]) {
+fn accumulate<S: Simd>(
+    s: S,
+    p: &[f32],
+    v: &[u16],
+    head: usize,
+    decay: f32,
+    sums: &mut [f32; HEAD_MAX],
+) {
     let mut at = 0;
     // Four vectors at a time hide the latency of the multiply-adds.
     while at + 64 <= head {
-        let [a, b, c, d] = sums[at..at + 64].as_chunks_mut().0 else { unreachable!() };
+        let [a, b, c, d] = sums[at..at + 64].as_chunks_mut().0 else {
+            unreachable!()
+        };
         let decay = s.splat(decay);
         let (mut x0, mut x1) = (s.mul(s.load(a), decay), s.mul(s.load(b), decay));
         let (mut x2, mut x3) = (s.mul(s.load(c), decay), s.mul(s.load(d), decay));

@@ -25,7 +25,10 @@ pub enum KernelError {
     /// There is no kernel of that name.
     Unknown { name: String },
     /// There is, but this CPU or this build lacks `needs`.
-    Unsupported { name: &'static str, needs: &'static str },
+    Unsupported {
+        name: &'static str,
+        needs: &'static str,
+    },
 }
 
 impl fmt::Display for KernelError {
@@ -33,11 +36,18 @@ impl fmt::Display for KernelError {
         match self {
             Self::Unknown { name } => write!(f, "there is no kernel {name:?}; this machine has ")?,
             Self::Unsupported { name, needs } => {
-                write!(f, "the kernel {name:?} needs {needs}, which this machine lacks; it has ")?;
+                write!(
+                    f,
+                    "the kernel {name:?} needs {needs}, which this machine lacks; it has "
+                )?;
             }
         }
         let names: Vec<_> = Kernel::available().iter().map(Kernel::name).collect();
-        write!(f, "{} (set {ENV} to one of them, or unset it for the fastest)", names.join(", "))
+        write!(
+            f,
+            "{} (set {ENV} to one of them, or unset it for the fastest)",
+            names.join(", ")
+        )
     }
 }
 
@@ -49,7 +59,11 @@ pub enum Rows<'a> {
     /// As they are.
     Plain(&'a [f32]),
     /// RMS norm of each row times `gamma` `[width]`.
-    Normed { x: &'a [f32], gamma: &'a [f32], eps: f32 },
+    Normed {
+        x: &'a [f32],
+        gamma: &'a [f32],
+        eps: f32,
+    },
     /// silu(gate) · up.
     Gated { gate: &'a [f32], up: &'a [f32] },
 }
@@ -68,7 +82,11 @@ impl<'a> Rows<'a> {
                 gate
             }
         };
-        assert!(x.len().is_multiple_of(width), "{} elements are no rows of {width}", x.len());
+        assert!(
+            x.len().is_multiple_of(width),
+            "{} elements are no rows of {width}",
+            x.len()
+        );
         x.len() / width
     }
 
@@ -76,8 +94,15 @@ impl<'a> Rows<'a> {
         let range = token * width..(token + 1) * width;
         match *self {
             Self::Plain(x) => Row::Plain(&x[range]),
-            Self::Normed { x, gamma, eps } => Row::Normed { x: &x[range], gamma, eps },
-            Self::Gated { gate, up } => Row::Gated { gate: &gate[range.clone()], up: &up[range] },
+            Self::Normed { x, gamma, eps } => Row::Normed {
+                x: &x[range],
+                gamma,
+                eps,
+            },
+            Self::Gated { gate, up } => Row::Gated {
+                gate: &gate[range.clone()],
+                up: &up[range],
+            },
         }
     }
 }
@@ -85,26 +110,46 @@ impl<'a> Rows<'a> {
 impl Kernel {
     /// The fastest that this CPU has.
     pub fn best() -> Self {
-        let ops = ops::ALL.iter().rev().find(|ops| (ops.detect)()).expect("the scalar kernel needs nothing");
-        Self { ops, reference: false }
+        let ops = ops::ALL
+            .iter()
+            .rev()
+            .find(|ops| (ops.detect)())
+            .expect("the scalar kernel needs nothing");
+        Self {
+            ops,
+            reference: false,
+        }
     }
 
     /// The kernel of that name: `scalar`, `avx2`, `avx512vnni`, `neon`, `dotprod` or `reference`.
     pub fn named(name: &str) -> Result<Self, KernelError> {
         if name == "reference" {
             // Whatever is not a linear is bit-equal anyway, so it may as well be fast.
-            return Ok(Self { ops: Self::best().ops, reference: true });
+            return Ok(Self {
+                ops: Self::best().ops,
+                reference: true,
+            });
         }
         let Some(ops) = ops::ALL.iter().find(|ops| ops.name == name) else {
-            return Err(match ops::FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
-                Some(&(name, needs)) => KernelError::Unsupported { name, needs },
-                None => KernelError::Unknown { name: name.to_owned() },
-            });
+            return Err(
+                match ops::FOREIGN.iter().find(|(foreign, _)| *foreign == name) {
+                    Some(&(name, needs)) => KernelError::Unsupported { name, needs },
+                    None => KernelError::Unknown {
+                        name: name.to_owned(),
+                    },
+                },
+            );
         };
         if (ops.detect)() {
-            Ok(Self { ops, reference: false })
+            Ok(Self {
+                ops,
+                reference: false,
+            })
         } else {
-            Err(KernelError::Unsupported { name: ops.name, needs: ops.needs })
+            Err(KernelError::Unsupported {
+                name: ops.name,
+                needs: ops.needs,
+            })
         }
     }
 
@@ -119,18 +164,34 @@ impl Kernel {
     /// All that this CPU has, slowest first; `reference` is the last.
     pub fn available() -> Vec<Self> {
         let able = ops::ALL.iter().filter(|ops| (ops.detect)());
-        let mut all: Vec<_> = able.map(|ops| Self { ops, reference: false }).collect();
-        all.push(Self { reference: true, ..Self::best() });
+        let mut all: Vec<_> = able
+            .map(|ops| Self {
+                ops,
+                reference: false,
+            })
+            .collect();
+        all.push(Self {
+            reference: true,
+            ..Self::best()
+        });
         all
     }
 
     pub fn name(&self) -> &'static str {
-        if self.reference { "reference" } else { self.ops.name }
+        if self.reference {
+            "reference"
+        } else {
+            self.ops.name
+        }
     }
 
     /// The layout that weights must be packed in.
     pub fn layout(&self) -> Layout {
-        if self.reference { Layout::Signed } else { self.ops.layout }
+        if self.reference {
+            Layout::Signed
+        } else {
+            self.ops.layout
+        }
     }
 
     /// Whether it quantises activations, and so is bit-equal to the scalar kernel.
@@ -206,11 +267,26 @@ impl Kernel {
     pub fn matmuls(&self, jobs: &mut [Job], a: &Quantised, pool: &Pool) {
         for job in &*jobs {
             let shape = job.weight.shape();
-            assert_eq!(shape.cols(), a.k(), "weight and activations differ in width");
-            assert_eq!(job.y.len(), a.m() * shape.rows(), "the output is not [m, rows]");
-            assert_eq!(job.weight.layout(), self.layout(), "the weight is packed for another kernel");
+            assert_eq!(
+                shape.cols(),
+                a.k(),
+                "weight and activations differ in width"
+            );
+            assert_eq!(
+                job.y.len(),
+                a.m() * shape.rows(),
+                "the output is not [m, rows]"
+            );
+            assert_eq!(
+                job.weight.layout(),
+                self.layout(),
+                "the weight is packed for another kernel"
+            );
         }
-        assert!(!self.reference || a.plain.len() >= a.m() * a.k(), "quantised by another kernel");
+        assert!(
+            !self.reference || a.plain.len() >= a.m() * a.k(),
+            "quantised by another kernel"
+        );
         let total = jobs.iter().map(|job| job.weight.shape().tiles()).sum();
         let base = Shareable(jobs.as_mut_ptr());
         let count = jobs.len();
@@ -220,10 +296,12 @@ impl Kernel {
             for index in 0..count {
                 // SAFETY: in bounds, and the jobs are borrowed until the pool is done. No reference to the output
                 // is made, only a pointer from the one that the job holds.
-                let (weight, y) = unsafe { ((*base.at(index)).weight, &raw mut *(*base.at(index)).y) };
+                let (weight, y) =
+                    unsafe { ((*base.at(index)).weight, &raw mut *(*base.at(index)).y) };
                 let tiles = weight.shape().tiles();
                 let bounds = (before, before + tiles);
-                let range = mine.start.clamp(bounds.0, bounds.1) - before..mine.end.clamp(bounds.0, bounds.1) - before;
+                let range = mine.start.clamp(bounds.0, bounds.1) - before
+                    ..mine.end.clamp(bounds.0, bounds.1) - before;
                 before += tiles;
                 // SAFETY: `y` is borrowed as the jobs are, and the ranges of the workers are disjoint.
                 let out = unsafe { Output::new(y.cast(), y.len(), weight.shape().rows()) };
@@ -242,7 +320,10 @@ impl Kernel {
     /// # Panics
     /// If the sizes differ.
     pub fn rms_norm(&self, x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
-        assert!(x.len() == gamma.len() && x.len() == out.len(), "the sizes of a norm differ");
+        assert!(
+            x.len() == gamma.len() && x.len() == out.len(),
+            "the sizes of a norm differ"
+        );
         // SAFETY: this kernel was detected.
         unsafe { (self.ops.evaluate)(Row::Normed { x, gamma, eps }, out) }
     }
@@ -263,7 +344,10 @@ impl Kernel {
     /// # Panics
     /// If the sizes don't fit.
     pub fn rope(&self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
-        assert!(cos.len() == sin.len() && x.len() >= 2 * cos.len(), "the sizes of a rotation don't fit");
+        assert!(
+            cos.len() == sin.len() && x.len() >= 2 * cos.len(),
+            "the sizes of a rotation don't fit"
+        );
         let rotated = 2 * cos.len();
         // SAFETY: this kernel was detected.
         unsafe { (self.ops.rope)(&mut x[..rotated], cos, sin) }
@@ -293,7 +377,11 @@ impl Kernel {
         scale: f32,
         out: &mut [f32],
     ) {
-        assert!(q.len() == out.len() && !q.is_empty() && q.len() <= HEAD_MAX, "a head of {}", q.len());
+        assert!(
+            q.len() == out.len() && !q.is_empty() && q.len() <= HEAD_MAX,
+            "a head of {}",
+            q.len()
+        );
         assert!(keys > 0, "attention over nothing");
         let blocks: &Blocks = blocks;
         // SAFETY: this kernel was detected.

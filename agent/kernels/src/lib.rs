@@ -6,6 +6,15 @@
 //! Read: `packed` (the weights' layout), `kernel` (the safe interface), `generic` (every operation, once),
 //! `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`.
 
+#![allow(
+    clippy::inline_always,
+    reason = "see simd.rs: only inlined code gets the target features"
+)]
+#![cfg_attr(
+    test,
+    allow(clippy::float_cmp, reason = "bits are what the tests are about")
+)]
+
 mod generic;
 mod kernel;
 pub mod math;

@@ -9,8 +9,14 @@ pub(crate) const EXP_LOW: f32 = -87.336_54;
 pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
 pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
 /// The polynomial of Cephes' `expf` (Moshier): exp(r) ≈ 1 + r + r² · p(r) for |r| ≤ ln 2 / 2, highest power first.
-pub(crate) const EXP_POLYNOMIAL: [f32; 6] =
-    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+pub(crate) const EXP_POLYNOMIAL: [f32; 6] = [
+    1.987_569_1e-4,
+    1.398_199_9e-3,
+    8.333_452e-3,
+    4.166_579_6e-2,
+    1.666_666_5e-1,
+    0.5,
+];
 
 /// e to the `x`, within 2 units in the last place, the same on every CPU. Infinite above 88.376, zero below
 /// −87.336, NaN for NaN.
@@ -81,7 +87,8 @@ mod tests {
         for step in 0..2_000_000 {
             let x = -87.33 + step as f32 * (175.7 / 2_000_000.0);
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
-            let unit = f64::from(f32::from_bits((want as f32).to_bits() + 1)) - f64::from(want as f32);
+            let unit =
+                f64::from(f32::from_bits((want as f32).to_bits() + 1)) - f64::from(want as f32);
             worst = worst.max(((got - want) / unit).abs());
         }
         assert!(worst < 2.0, "{worst} units");
@@ -115,7 +122,11 @@ mod tests {
         for bits in 0..0x7bffu16 {
             let (low, high) = (f64::from(f16_to_f32(bits)), f64::from(f16_to_f32(bits + 1)));
             let middle = f64::midpoint(low, high) as f32;
-            assert_eq!(f32_to_f16(middle), bits + (bits & 1), "between {low} and {high}");
+            assert_eq!(
+                f32_to_f16(middle),
+                bits + (bits & 1),
+                "between {low} and {high}"
+            );
             assert_eq!(f32_to_f16(f32::from_bits(middle.to_bits() - 1)), bits);
             assert_eq!(f32_to_f16(f32::from_bits(middle.to_bits() + 1)), bits + 1);
         }

@@ -27,7 +27,11 @@ impl Output {
     /// `y` points to `len` elements that stay mutably borrowed while this is used, and no tile is written by two
     /// threads.
     pub(crate) unsafe fn new(y: *mut f32, len: usize, rows: usize) -> Self {
-        Self { m: len / rows, rows, y: Shareable(y) }
+        Self {
+            m: len / rows,
+            rows,
+            y: Shareable(y),
+        }
     }
 
     #[inline(always)]
@@ -37,7 +41,8 @@ impl Output {
         let count = TILE_ROWS.min(self.rows - row);
         // SAFETY: `count` places from here on lie in row `token` of `y`, by the assertion; they belong to this
         // tile, which is this thread's.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.y.at(token * self.rows + row), count) };
+        let out =
+            unsafe { std::slice::from_raw_parts_mut(self.y.at(token * self.rows + row), count) };
         if let Ok(out) = <&mut [f32; TILE_ROWS]>::try_from(&mut *out) {
             *out = *sums;
         } else {
@@ -77,7 +82,13 @@ struct Place {
 }
 
 #[inline(always)]
-fn step<S: Simd, const T: usize>(s: S, w: &[[u8; BLOCK_BYTES]], a: GroupView, at: Place, out: &Output) -> usize {
+fn step<S: Simd, const T: usize>(
+    s: S,
+    w: &[[u8; BLOCK_BYTES]],
+    a: GroupView,
+    at: Place,
+    out: &Output,
+) -> usize {
     let mut sums = [[0.0; TILE_ROWS]; T];
     generic::tile(s, w, a, at.first, &mut sums);
     for (token, sums) in sums.iter().enumerate() {

@@ -27,8 +27,6 @@ macro_rules! kernel {
         mod $module {
             use super::*;
 
-            // SAFETY (of every `$simd` below): these functions are unsafe for needing its features.
-
             $(#[target_feature(enable = $feature)])*
             unsafe fn quantise(row: Row, width: usize, slot: &mut Slot) {
                 generic::quantise($simd, row, width / 32, slot);
@@ -81,16 +79,26 @@ macro_rules! kernel {
     };
 }
 
-kernel!(scalar, "scalar", Layout::Signed, crate::scalar::Scalar, [], true);
+kernel!(
+    scalar,
+    "scalar",
+    Layout::Signed,
+    crate::scalar::Scalar,
+    [],
+    true
+);
 
 #[cfg(target_arch = "x86_64")]
 kernel!(
     avx2,
     "avx2",
     Layout::Signed,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
     unsafe { crate::x86::avx2::Avx2::assume() },
     ["avx2", "fma", "f16c"],
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
 );
 
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +106,7 @@ kernel!(
     avx512vnni,
     "avx512vnni",
     Layout::Offset,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
     unsafe { crate::x86::avx512::Avx512::assume() },
     ["avx512f", "avx512bw", "avx512vl", "avx512vnni"],
     is_x86_feature_detected!("avx512f")
@@ -111,6 +120,7 @@ kernel!(
     neon,
     "neon",
     Layout::Signed,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
     unsafe { crate::aarch64::Neon::<false>::assume() },
     ["neon"],
     std::arch::is_aarch64_feature_detected!("neon")
@@ -121,6 +131,7 @@ kernel!(
     dotprod,
     "dotprod",
     Layout::Signed,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
     unsafe { crate::aarch64::Neon::<true>::assume() },
     ["neon", "dotprod"],
     std::arch::is_aarch64_feature_detected!("dotprod")

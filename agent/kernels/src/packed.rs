@@ -54,7 +54,9 @@ impl Shape {
         if rows == 0 || cols == 0 || !cols.is_multiple_of(BLOCK) {
             return None;
         }
-        (cols / BLOCK).checked_mul(BLOCK_BYTES)?.checked_mul(rows.div_ceil(TILE_ROWS))?;
+        (cols / BLOCK)
+            .checked_mul(BLOCK_BYTES)?
+            .checked_mul(rows.div_ceil(TILE_ROWS))?;
         Some(Self { rows, cols })
     }
 
@@ -98,7 +100,11 @@ pub struct Packed<'a> {
 impl<'a> Packed<'a> {
     /// `None` unless `bytes` has exactly `shape.bytes()` bytes. No alignment is asked for; 64 is fastest.
     pub fn new(shape: Shape, layout: Layout, bytes: &'a [u8]) -> Option<Self> {
-        (bytes.len() == shape.bytes()).then_some(Self { shape, layout, bytes })
+        (bytes.len() == shape.bytes()).then_some(Self {
+            shape,
+            layout,
+            bytes,
+        })
     }
 
     pub fn shape(&self) -> Shape {
@@ -133,8 +139,15 @@ pub fn pack_tile(
     scale: impl Fn(usize, usize) -> u16,
     out: &mut [u8],
 ) {
-    assert!(cols.is_multiple_of(BLOCK) && rows <= TILE_ROWS, "{rows} rows of {cols} are not a tile");
-    assert_eq!(out.len(), cols / BLOCK * BLOCK_BYTES, "the output is not one tile long");
+    assert!(
+        cols.is_multiple_of(BLOCK) && rows <= TILE_ROWS,
+        "{rows} rows of {cols} are not a tile"
+    );
+    assert_eq!(
+        out.len(),
+        cols / BLOCK * BLOCK_BYTES,
+        "the output is not one tile long"
+    );
     for (index, block) in out.as_chunks_mut::<BLOCK_BYTES>().0.iter_mut().enumerate() {
         let (scales, weights) = block.split_at_mut(SCALE_BYTES);
         for (row, bytes) in scales.as_chunks_mut().0.iter_mut().enumerate() {
@@ -143,7 +156,11 @@ pub fn pack_tile(
         }
         for (place, byte) in weights.iter_mut().enumerate() {
             let (k4, row, k) = (place / 64, place / 4 % TILE_ROWS, place % 4);
-            let value = if row < rows { weight(row, index * BLOCK + k4 * 4 + k) } else { 0 };
+            let value = if row < rows {
+                weight(row, index * BLOCK + k4 * 4 + k)
+            } else {
+                0
+            };
             *byte = value.cast_unsigned() ^ layout.flip();
         }
     }
@@ -156,7 +173,11 @@ pub fn pack_tile(
 pub fn repack(bytes: &mut [u8], from: Layout, to: Layout) {
     let flip = from.flip() ^ to.flip();
     let (blocks, rest) = bytes.as_chunks_mut::<BLOCK_BYTES>();
-    assert!(rest.is_empty(), "{} bytes are left over after the last whole block", rest.len());
+    assert!(
+        rest.is_empty(),
+        "{} bytes are left over after the last whole block",
+        rest.len()
+    );
     for block in blocks {
         for byte in &mut block[SCALE_BYTES..] {
             *byte ^= flip;
@@ -169,12 +190,21 @@ pub fn repack(bytes: &mut [u8], from: Layout, to: Layout) {
 /// # Panics
 /// If there is no such row or `out` is not `cols` long.
 pub fn dequantise_row(packed: Packed, row: usize, out: &mut [f32]) {
-    assert!(row < packed.shape.rows, "row {row} of {}", packed.shape.rows);
-    assert_eq!(out.len(), packed.shape.cols, "the output is not one row long");
+    assert!(
+        row < packed.shape.rows,
+        "row {row} of {}",
+        packed.shape.rows
+    );
+    assert_eq!(
+        out.len(),
+        packed.shape.cols,
+        "the output is not one row long"
+    );
     let flip = packed.layout.flip();
     let (tile, row) = (row / TILE_ROWS, row % TILE_ROWS);
     for (block, out) in packed.tile(tile).iter().zip(out.as_chunks_mut::<BLOCK>().0) {
-        let scale = crate::math::f16_to_f32(u16::from_le_bytes([block[2 * row], block[2 * row + 1]]));
+        let scale =
+            crate::math::f16_to_f32(u16::from_le_bytes([block[2 * row], block[2 * row + 1]]));
         for (k4, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             let at = SCALE_BYTES + k4 * 64 + row * 4;
             for (byte, out) in block[at..at + 4].iter().zip(out) {
@@ -190,10 +220,17 @@ mod tests {
 
     #[test]
     fn shapes_are_checked() {
-        assert!(Shape::new(0, 32).is_none() && Shape::new(1, 0).is_none() && Shape::new(1, 33).is_none());
+        assert!(
+            Shape::new(0, 32).is_none()
+                && Shape::new(1, 0).is_none()
+                && Shape::new(1, 33).is_none()
+        );
         assert!(Shape::new(usize::MAX, 1 << 40).is_none());
         let shape = Shape::new(17, 64).unwrap();
-        assert_eq!((shape.tiles(), shape.tile_bytes(), shape.bytes()), (2, 1088, 2176));
+        assert_eq!(
+            (shape.tiles(), shape.tile_bytes(), shape.bytes()),
+            (2, 1088, 2176)
+        );
         assert!(Packed::new(shape, Layout::Signed, &[0; 2175]).is_none());
     }
 
@@ -206,7 +243,14 @@ mod tests {
             let rows = (shape.rows() - tile * 16).min(16);
             // 0x3800 is one half; 0x3c00 is one.
             let scale = |_: usize, block: usize| if block == 1 { 0x3800 } else { 0x3c00 };
-            pack_tile(Layout::Signed, 96, rows, |row, k| weight(tile * 16 + row, k), scale, out);
+            pack_tile(
+                Layout::Signed,
+                96,
+                rows,
+                |row, k| weight(tile * 16 + row, k),
+                scale,
+                out,
+            );
         }
         let check = |layout, bytes: &[u8]| {
             let packed = Packed::new(shape, layout, bytes).unwrap();

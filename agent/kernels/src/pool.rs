@@ -75,7 +75,11 @@ impl Pool {
                 .expect("the system refused a thread")
         };
         let threads = (1..workers).map(spawn).collect();
-        Self { shared, threads, not_sync: PhantomData }
+        Self {
+            shared,
+            threads,
+            not_sync: PhantomData,
+        }
     }
 
     /// Workers, the caller included.
@@ -101,7 +105,11 @@ impl Pool {
         shared.wake();
         shared.attempt(|| task(0, workers));
         shared.await_workers();
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panic = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -112,7 +120,12 @@ impl Pool {
     ///
     /// # Panics
     /// If `size` is zero.
-    pub fn chunks<T: Send>(&self, data: &mut [T], size: usize, task: impl Fn(usize, &mut [T]) + Sync) {
+    pub fn chunks<T: Send>(
+        &self,
+        data: &mut [T],
+        size: usize,
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
         let len = data.len();
         let chunks = len.div_ceil(size);
         let data = Shareable(data.as_mut_ptr());
@@ -121,7 +134,9 @@ impl Pool {
                 let start = index * size;
                 // SAFETY: the range lies in `data`, which is borrowed mutably for the whole run, and every
                 // index belongs to one worker.
-                let chunk = unsafe { std::slice::from_raw_parts_mut(data.at(start), size.min(len - start)) };
+                let chunk = unsafe {
+                    std::slice::from_raw_parts_mut(data.at(start), size.min(len - start))
+                };
                 task(index, chunk);
             }
         });
@@ -175,7 +190,10 @@ impl Shared {
             self.sleepers.fetch_add(1, SeqCst);
             let mut guard = self.lock();
             while self.epoch.load(SeqCst) == seen {
-                guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                guard = self
+                    .started
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             self.sleepers.fetch_sub(1, SeqCst);
         }
@@ -198,7 +216,10 @@ impl Shared {
         self.caller_sleeps.store(true, SeqCst);
         let mut guard = self.lock();
         while self.pending.load(SeqCst) != 0 {
-            guard = self.finished.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self
+                .finished
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.caller_sleeps.store(false, SeqCst);
     }
@@ -206,7 +227,10 @@ impl Shared {
     /// Keeps the first panic for the caller.
     fn attempt(&self, task: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(task)) {
-            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+            self.panic
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert(panic);
         }
     }
 
@@ -274,7 +298,9 @@ mod tests {
     fn split_covers_everything_in_order() {
         for n in 0..40 {
             for workers in 1..9 {
-                let all: Vec<usize> = (0..workers).flat_map(|w| Pool::split(n, w, workers)).collect();
+                let all: Vec<usize> = (0..workers)
+                    .flat_map(|w| Pool::split(n, w, workers))
+                    .collect();
                 assert_eq!(all, (0..n).collect::<Vec<_>>());
             }
         }
@@ -288,7 +314,11 @@ mod tests {
             assert_eq!(chunk.len(), if index == 10 { 3 } else { 10 });
             chunk.fill(index + 1);
         });
-        assert!(data.iter().enumerate().all(|(at, value)| *value == at / 10 + 1));
+        assert!(
+            data.iter()
+                .enumerate()
+                .all(|(at, value)| *value == at / 10 + 1)
+        );
     }
 
     #[test]
@@ -329,7 +359,8 @@ mod tests {
         let read = || {
             pool.run(&|worker, _| {
                 if worker == 1 {
-                    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+                    let text =
+                        std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
                     let spent = text.split(' ').next().and_then(|field| field.parse().ok());
                     ticks.store(spent.unwrap_or(0), SeqCst);
                 }
@@ -339,6 +370,9 @@ mod tests {
         let before = read();
         std::thread::sleep(Duration::from_millis(200));
         let spent = read() - before;
-        assert!(spent < 20_000_000, "an idle worker used {spent} ns in 200 ms");
+        assert!(
+            spent < 20_000_000,
+            "an idle worker used {spent} ns in 200 ms"
+        );
     }
 }

@@ -29,7 +29,10 @@ impl Quantised {
     /// # Panics
     /// If `k` is not a multiple of 32.
     pub fn resize(&mut self, m: usize, k: usize) {
-        assert!(k.is_multiple_of(BLOCK), "activations of width {k} have no whole blocks of {BLOCK}");
+        assert!(
+            k.is_multiple_of(BLOCK),
+            "activations of width {k} have no whole blocks of {BLOCK}"
+        );
         (self.m, self.k) = (m, k);
         let blocks = m.div_ceil(GROUP) * (k / BLOCK);
         if blocks > self.q.len() {
@@ -51,15 +54,26 @@ impl Quantised {
 
     /// One token's block: its 32 bytes, its scale, the sum of the bytes.
     pub fn block(&self, token: usize, block: usize) -> (&[i8; BLOCK], f32, i32) {
-        assert!(token < self.m && block < self.k / BLOCK, "no block {block} of token {token}");
+        assert!(
+            token < self.m && block < self.k / BLOCK,
+            "no block {block} of token {token}"
+        );
         let (at, lane) = (token / GROUP * (self.k / BLOCK) + block, token % GROUP);
-        (&self.q[at][lane], self.scale[at][lane], self.offset[at][lane] / -128)
+        (
+            &self.q[at][lane],
+            self.scale[at][lane],
+            self.offset[at][lane] / -128,
+        )
     }
 
     pub(crate) fn group(&self, group: usize) -> GroupView<'_> {
         let blocks = self.k / BLOCK;
         let range = group * blocks..(group + 1) * blocks;
-        GroupView { q: &self.q[range.clone()], scale: &self.scale[range.clone()], offset: &self.offset[range] }
+        GroupView {
+            q: &self.q[range.clone()],
+            scale: &self.scale[range.clone()],
+            offset: &self.offset[range],
+        }
     }
 
     /// Room for `[m, k]` f32, for the kernel that does not quantise.
@@ -109,7 +123,10 @@ impl Sink for Slot<'_> {
     #[inline(always)]
     fn put(&mut self, block: usize) -> (&mut [i8; BLOCK], &mut f32, &mut i32) {
         assert!(block < self.slots.blocks);
-        let (at, lane) = (self.token / GROUP * self.slots.blocks + block, self.token % GROUP);
+        let (at, lane) = (
+            self.token / GROUP * self.slots.blocks + block,
+            self.token % GROUP,
+        );
         // SAFETY: in bounds by the two assertions; this token is written through this slot only, and other
         // tokens are other elements, which no reference made here covers.
         unsafe {

@@ -41,7 +41,9 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn load_f16(self, x: &[u8; 32]) -> F {
-        std::array::from_fn(|lane| math::f16_to_f32(u16::from_le_bytes([x[2 * lane], x[2 * lane + 1]])))
+        std::array::from_fn(|lane| {
+            math::f16_to_f32(u16::from_le_bytes([x[2 * lane], x[2 * lane + 1]]))
+        })
     }
 
     #[inline(always)]
@@ -86,7 +88,13 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn greater(self, a: F, b: F, then: F, other: F) -> F {
-        std::array::from_fn(|lane| if a[lane] > b[lane] { then[lane] } else { other[lane] })
+        std::array::from_fn(|lane| {
+            if a[lane] > b[lane] {
+                then[lane]
+            } else {
+                other[lane]
+            }
+        })
     }
 
     #[inline(always)]
@@ -111,10 +119,20 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], _: &[i32; T]) -> [[i32; 16]; T] {
+    fn dot<const T: usize>(
+        self,
+        w: &Weights,
+        a: &[Activations; T],
+        _: &[i32; T],
+    ) -> [[i32; 16]; T] {
         let mut sums = [[0; 16]; T];
         for (token, sums) in sums.iter_mut().enumerate() {
-            for (w, a) in w.as_chunks::<64>().0.iter().zip(a[token].as_chunks::<4>().0) {
+            for (w, a) in w
+                .as_chunks::<64>()
+                .0
+                .iter()
+                .zip(a[token].as_chunks::<4>().0)
+            {
                 for (w, sum) in w.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
                     for (w, a) in w.iter().zip(a) {
                         *sum += i32::from(w.cast_signed()) * i32::from(*a);

@@ -49,7 +49,12 @@ pub(crate) trait Simd: Copy {
 
     /// For the first `T` tokens of `a`, the exact dot products of a block with sixteen rows. `offsets` are
     /// −128 times the sum of each token's block, for layouts that store weights with 128 added.
-    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], offsets: &[i32; T]) -> [Self::I; T];
+    fn dot<const T: usize>(
+        self,
+        w: &Weights,
+        a: &[Activations; T],
+        offsets: &[i32; T],
+    ) -> [Self::I; T];
     fn to_f32(self, x: Self::I) -> Self::F;
 
     /// The larger of each lane; `b` if either is NaN.

@@ -120,7 +120,9 @@ fn matmul_is_the_scalar_one() {
                 let bytes = weight(&mut random, shape, style == 1);
                 let mut x = random.floats(m * cols, style == 2);
                 if style == 1 {
-                    x.iter_mut().for_each(|x| *x = x.signum() * 3.0);
+                    for x in &mut x {
+                        *x = x.signum() * 3.0;
+                    }
                 }
                 let want = matmul(scalar(), shape, &bytes, &x, &pools[0]);
                 for kernel in exact() {
@@ -473,4 +475,14 @@ fn kernels_are_found_by_name() {
         "{unsupported}"
     );
     assert!(Kernel::best().is_exact());
+}
+
+/// Under emulation the caller knows which kernels there must be; see cross/test-kernels.
+#[test]
+fn the_expected_kernels_are_there() {
+    let names: Vec<_> = Kernel::available().iter().map(Kernel::name).collect();
+    match std::env::var("MILLWRIGHT_TEST_KERNELS") {
+        Ok(expected) => assert_eq!(names.join(","), expected),
+        Err(_) => assert!(names.starts_with(&["scalar"]) && names.ends_with(&["reference"])),
+    }
 }

@@ -2,7 +2,11 @@
 //! `vpmaddubsw(|w|, sign(a, w))`: both factors are at most 128 and 127 in magnitude, so its 16-bit sums of two
 //! do not saturate (2 · 128 · 127 < 32,768).
 
-#![allow(clippy::inline_always, reason = "see simd.rs: only inlined code gets the target features")]
+#![allow(clippy::wildcard_imports, reason = "intrinsics carry their own prefix")]
+#![allow(
+    clippy::cast_ptr_alignment,
+    reason = "only unaligned loads and stores go through such pointers"
+)]
 
 use crate::simd::{Activations, Simd, Weights};
 use std::arch::x86_64::*;
@@ -43,7 +47,10 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn load(self, x: &[f32; 16]) -> F {
-        op!([_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))])
+        op!([
+            _mm256_loadu_ps(x.as_ptr()),
+            _mm256_loadu_ps(x.as_ptr().add(8))
+        ])
     }
 
     #[inline(always)]
@@ -93,7 +100,10 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn fma(self, a: F, b: F, c: F) -> F {
-        op!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
+        op!([
+            _mm256_fmadd_ps(a[0], b[0], c[0]),
+            _mm256_fmadd_ps(a[1], b[1], c[1])
+        ])
     }
 
     #[inline(always)]
@@ -155,18 +165,28 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn sums(self, x: &[F; 16]) -> F {
-        [sums8(self, x[..8].as_chunks().0), sums8(self, x[8..].as_chunks().0)]
+        [
+            sums8(self, x[..8].as_chunks().0),
+            sums8(self, x[8..].as_chunks().0),
+        ]
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], _: &[i32; T]) -> [[__m256i; 2]; T] {
+    fn dot<const T: usize>(
+        self,
+        w: &Weights,
+        a: &[Activations; T],
+        _: &[i32; T],
+    ) -> [[__m256i; 2]; T] {
         let mut sums = [op!([_mm256_setzero_si256(); 2]); T];
         let ones = op!(_mm256_set1_epi16(1));
         for (k4, w) in w.as_chunks::<64>().0.iter().enumerate() {
             let w = op! {[_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast())]};
             let magnitude = op!([_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])]);
             for token in 0..T {
-                let a = op!(_mm256_set1_epi32(a[token].as_ptr().cast::<i32>().add(k4).read_unaligned()));
+                let a = op!(_mm256_set1_epi32(
+                    a[token].as_ptr().cast::<i32>().add(k4).read_unaligned()
+                ));
                 for half in 0..2 {
                     sums[token][half] = op! {
                         let pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(a, w[half]));
@@ -187,8 +207,15 @@ impl Simd for Avx2 {
 /// The sums of eight vectors, as pairs of pairs.
 #[inline(always)]
 fn sums8(s: Avx2, x: &[[F; 4]]) -> __m256 {
-    let [low, high] = x else { unreachable!("eight vectors are two fours") };
-    let (a, b, c, d) = (fold(s, low[0], high[0]), fold(s, low[1], high[1]), fold(s, low[2], high[2]), fold(s, low[3], high[3]));
+    let [low, high] = x else {
+        unreachable!("eight vectors are two fours")
+    };
+    let (a, b, c, d) = (
+        fold(s, low[0], high[0]),
+        fold(s, low[1], high[1]),
+        fold(s, low[2], high[2]),
+        fold(s, low[3], high[3]),
+    );
     op! {
         let ab = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b));
         let cd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(c, d), _mm256_shuffle_ps::<0xee>(c, d));

@@ -1,7 +1,11 @@
 //! AVX-512 with VNNI: a vector is one register, and one `vpdpbusd` multiplies 64 weights. It takes unsigned times
 //! signed bytes, so weights are stored with 128 added and the sums start at −128 · Σa.
 
-#![allow(clippy::inline_always, reason = "see simd.rs: only inlined code gets the target features")]
+#![allow(clippy::wildcard_imports, reason = "intrinsics carry their own prefix")]
+#![allow(
+    clippy::cast_ptr_alignment,
+    reason = "only unaligned loads and stores go through such pointers"
+)]
 
 use crate::simd::{Activations, Simd, Weights};
 use std::arch::x86_64::*;
@@ -55,7 +59,10 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn store_f16(self, x: __m512, out: &mut [u16; 16]) {
-        op!(_mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)));
+        op!(_mm256_storeu_si256(
+            out.as_mut_ptr().cast(),
+            _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)
+        ));
     }
 
     #[inline(always)]
@@ -90,17 +97,26 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
-        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+        op!(_mm512_roundscale_ps::<
+            { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
+        >(a))
     }
 
     #[inline(always)]
     fn greater(self, a: __m512, b: __m512, then: __m512, other: __m512) -> __m512 {
-        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), other, then))
+        op!(_mm512_mask_blend_ps(
+            _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b),
+            other,
+            then
+        ))
     }
 
     #[inline(always)]
     fn nan_to_zero(self, a: __m512) -> __m512 {
-        op!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a), a))
+        op!(_mm512_maskz_mov_ps(
+            _mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a),
+            a
+        ))
     }
 
     #[inline(always)]
@@ -122,8 +138,14 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn sums(self, x: &[__m512; 16]) -> __m512 {
-        let (a, b) = (fold(self, x[0], x[4], x[8], x[12]), fold(self, x[1], x[5], x[9], x[13]));
-        let (c, d) = (fold(self, x[2], x[6], x[10], x[14]), fold(self, x[3], x[7], x[11], x[15]));
+        let (a, b) = (
+            fold(self, x[0], x[4], x[8], x[12]),
+            fold(self, x[1], x[5], x[9], x[13]),
+        );
+        let (c, d) = (
+            fold(self, x[2], x[6], x[10], x[14]),
+            fold(self, x[3], x[7], x[11], x[15]),
+        );
         op! {
             // Lanes 2 and 3 onto 0 and 1, then 1 onto 0, in each 128 bits.
             let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
@@ -133,7 +155,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], offsets: &[i32; T]) -> [__m512i; T] {
+    fn dot<const T: usize>(
+        self,
+        w: &Weights,
+        a: &[Activations; T],
+        offsets: &[i32; T],
+    ) -> [__m512i; T] {
         let mut sums = [op!(_mm512_setzero_si512()); T];
         for token in 0..T {
             sums[token] = op!(_mm512_set1_epi32(offsets[token]));
