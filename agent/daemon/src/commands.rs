@@ -1,105 +1,77 @@
-//! The commands that run a model here, without a broker.
+//! The subcommands: one module each, with its arguments and a `run`.
 
-pub(crate) mod bench;
-pub(crate) mod eval;
-pub(crate) mod generate;
+mod agent;
+mod ask;
+mod bench;
+mod eval;
+mod generate;
+mod model;
 
 use anyhow::{Context, Result};
-use clap::Args;
-use millwright_engine::{Engine, Options, PlanChoice};
-use std::env;
-use std::path::{Path, PathBuf};
+use clap::Subcommand;
+use tracing_subscriber::EnvFilter;
 
-/// Which model, and how it runs.
-#[derive(Debug, Args)]
-pub(crate) struct ModelArgs {
-    /// The model's folder, as `cargo forge path NAME` prints it
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
-    /// Where packed weights are kept [default: the packed folder of the Millwright cache]
-    #[arg(long, value_name = "DIR")]
-    state_dir: Option<PathBuf>,
-    /// Run one sequence at a time through tract's own attention: the reference
-    #[arg(long)]
-    plain: bool,
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve tasks from the broker until SIGTERM
+    Agent(agent::Args),
+    /// Send one task to a gateway and print its answer as it comes
+    Ask(ask::Args),
+    /// Answer one prompt on this machine, without a broker
+    Generate(generate::Args),
+    /// Measure prefill, decode, load time and memory of a model on this machine
+    Bench(bench::Args),
+    /// Measure perplexity on a text, and the KL divergence from a reference model
+    ///
+    /// The text is cut into windows, each scored from an empty context. The reference runs in the plain plan (tract's
+    /// own attention); take the f32 form of the same model: `cargo forge pull NAME --precision f32`.
+    Eval(eval::Args),
 }
 
-impl ModelArgs {
-    /// Opens the model.
-    pub(crate) fn open(
-        &self,
-        threads: Option<usize>,
-        slots: usize,
-        kv_tokens: Option<usize>,
-    ) -> Result<Engine> {
-        let options = self.options(threads, slots, kv_tokens)?;
-        Ok(Engine::open(&self.model, &options)?)
-    }
-
-    /// Opens another model beside it, for one sequence.
-    pub(crate) fn open_other(
-        &self,
-        folder: &Path,
-        threads: Option<usize>,
-        plan: PlanChoice,
-    ) -> Result<Engine> {
-        let options = Options {
-            plan,
-            ..self.options(threads, 1, None)?
-        };
-        Ok(Engine::open(folder, &options)?)
-    }
-
-    fn options(
-        &self,
-        threads: Option<usize>,
-        slots: usize,
-        kv_tokens: Option<usize>,
-    ) -> Result<Options> {
-        let default = Options::default();
-        let state_dir = match &self.state_dir {
-            Some(dir) => dir.clone(),
-            None => packed_folder()?,
-        };
-        Ok(Options {
-            threads: threads.unwrap_or(default.threads),
-            state_dir,
-            slots,
-            kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
-            plan: if self.plain {
-                PlanChoice::Plain
-            } else {
-                PlanChoice::Auto
-            },
-            ..default
-        })
+impl Command {
+    pub fn run(self) -> Result<()> {
+        match self {
+            Self::Agent(args) => {
+                log("info");
+                runtime()?.block_on(agent::run(args))
+            }
+            Self::Ask(args) => {
+                log("error");
+                runtime()?.block_on(ask::run(args))
+            }
+            Self::Generate(args) => {
+                log("warn");
+                generate::run(&args)
+            }
+            Self::Bench(args) => {
+                log("warn");
+                bench::run(&args)
+            }
+            Self::Eval(args) => {
+                log("warn");
+                eval::run(&args)
+            }
+        }
     }
 }
 
-/// `MILLWRIGHT_CACHE`, else the XDG cache, as the forge has it.
-fn packed_folder() -> Result<PathBuf> {
-    let cache = |name: &str| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let folder = cache("MILLWRIGHT_CACHE")
-        .or_else(|| cache("XDG_CACHE_HOME").map(|dir| dir.join("millwright")))
-        .or_else(|| cache("HOME").map(|dir| dir.join(".cache/millwright")))
-        .context("no cache folder: set MILLWRIGHT_CACHE or HOME, or give --state-dir")?;
-    Ok(folder.join("packed"))
+/// Logs go to stderr; `MILLWRIGHT_LOG` says how much, as `RUST_LOG` does elsewhere. The MQTT client's own
+/// warnings repeat what we say better.
+fn log(level: &str) {
+    let filter = EnvFilter::try_from_env("MILLWRIGHT_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(format!("{level},rumqttc=off")));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
 }
 
-/// This process's resident bytes, from the kernel; `None` where it doesn't say.
-pub(crate) fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim()
-        .strip_suffix(" kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib * 1024)
+/// Two threads: one polls the broker while the other prepares a long prompt.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the runtime can't be started")
 }

@@ -1,35 +1,27 @@
-//! The agent's process and its command line.
+//! The command line. Errors are one sentence on stderr and exit code 1.
 
-mod commands;
+use clap::Parser;
+use millwright::commands::Command;
+use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-
-/// Language models inside the plant
-#[derive(Debug, Parser)]
-#[command(version)]
+/// Language models inside the plant, over MQTT.
+#[derive(Parser)]
+#[command(version, about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Debug, Subcommand)]
-enum Command {
-    Generate(commands::generate::GenerateArgs),
-    Bench(commands::bench::BenchArgs),
-    Eval(commands::eval::EvalArgs),
-}
-
-fn main() -> std::process::ExitCode {
-    let result = match Cli::parse().command {
-        Command::Generate(args) => commands::generate::run(&args),
-        Command::Bench(args) => commands::bench::run(&args),
-        Command::Eval(args) => commands::eval::run(&args),
-    };
-    match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("millwright: {e:#}");
-            std::process::ExitCode::FAILURE
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!(
+                "millwright: {}",
+                millwright_task::wire::printable(&format!("{error:#}"))
+            );
+            ExitCode::FAILURE
         }
     }
 }

@@ -102,6 +102,13 @@ fn turn(state: &State) -> &Turn {
         .expect("installed when the plan was made")
 }
 
+/// Runs a plan; after an error nothing of that turn is left.
+fn run(state: &mut State, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
+    state
+        .run(inputs)
+        .inspect_err(|_| state.turn_state.values.clear())
+}
+
 /// All attention is ours: tokens of any slots ride in one batch.
 pub(crate) struct Flat {
     state: State,
@@ -139,9 +146,10 @@ impl Forward for Flat {
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> TractResult<()> {
         turn(&self.state).batch.borrow_mut().clone_from(batch);
         let ids: Vec<i64> = batch.rows.iter().map(|row| i64::from(row.token)).collect();
-        let outputs = self.state.run(tvec![
-            tensor1(&ids).into_shape(&[1, ids.len()])?.into_tvalue()
-        ])?;
+        let outputs = run(
+            &mut self.state,
+            tvec![tensor1(&ids).into_shape(&[1, ids.len()])?.into_tvalue()],
+        )?;
         logits.extend_from_slice(outputs[0].try_as_plain_ram()?.as_slice::<f32>()?);
         Ok(())
     }
@@ -265,7 +273,7 @@ impl Forward for Plain {
             PlainInput::Past(index, _) => Ok(past[index].clone()),
         });
         let inputs = inputs.collect::<TractResult<TVec<_>>>()?;
-        let outputs = self.state.run(inputs)?;
+        let outputs = run(&mut self.state, inputs)?;
         let all = outputs[0].try_as_plain_ram()?.as_slice::<f32>()?;
         // A head of ours makes the sampled rows alone, one of tract's all of them.
         if outputs[0].shape()[1] == rows.len() {

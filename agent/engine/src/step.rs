@@ -187,7 +187,7 @@ pub struct Completion {
     pub decode: Duration,
 }
 
-/// Why a step failed. The engine's slots are lost; the process goes on.
+/// Why a step failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     #[error("the forward pass failed: {0}")]
@@ -348,7 +348,7 @@ impl Engine {
     }
 
     /// Runs one batch: a token for each answer in progress and up to `prefill_chunk` tokens of prompts, so that
-    /// a long prompt does not hold the others up. An error frees every slot.
+    /// a long prompt does not hold the others up. After an error the answers in progress can only be cancelled.
     pub fn step(&mut self) -> Result<Vec<(Slot, Event)>, StepError> {
         let mut events = Vec::new();
         self.gather(&mut events);
@@ -356,14 +356,9 @@ impl Engine {
             return Ok(events);
         }
         self.logits.clear();
-        if let Err(e) = self.forward.forward(&self.batch, &mut self.logits) {
-            for slot in 0..self.slots.len() {
-                if self.slots[slot].take().is_some() {
-                    self.forward.release(slot);
-                }
-            }
-            return Err(StepError::Forward(format!("{e:#}")));
-        }
+        self.forward
+            .forward(&self.batch, &mut self.logits)
+            .map_err(|e| StepError::Forward(format!("{e:#}")))?;
         let batch = std::mem::take(&mut self.batch);
         for row in &batch.rows {
             if let Some(sequence) = &mut self.slots[row.slot] {

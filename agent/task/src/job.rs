@@ -188,7 +188,7 @@ impl Job {
 /// The final event of a task that was stopped.
 pub(crate) fn stopped(stop: Option<Stop>, product: Product) -> Body {
     let partial = |reason: &str| Partial {
-        text: product.text.clone(),
+        text: product.text,
         usage: product.usage,
         reason: reason.to_owned(),
     };

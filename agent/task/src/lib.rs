@@ -2,6 +2,8 @@
 //! who is refused. Pure: no clock (now is an argument), no socket, no thread, no engine.
 
 #![forbid(unsafe_code)]
+// Refusals are rare, and boxing them would cost the reader more than the copy costs the machine.
+#![allow(clippy::result_large_err)]
 
 pub mod admission;
 pub mod calendar;

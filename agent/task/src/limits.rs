@@ -24,7 +24,7 @@ pub const STOP_BYTES_MAX: usize = 64;
 /// Tokens a task may ask for.
 pub const TOKENS_MAX: usize = 8192;
 /// An answer longer than this fails as `too_large`: it is never cut.
-pub const ANSWER_BYTES_MAX: usize = 256 * KIB;
+pub const ANSWER_BYTES_MAX: usize = 128 * KIB;
 /// Seeds survive a trip through a JavaScript number.
 pub const SEED_MAX: u64 = (1 << 53) - 1;
 pub const PRIORITY_MAX: u8 = 9;
@@ -47,7 +47,8 @@ pub const INBOX_MESSAGES_MAX: usize = 16;
 /// Events not yet acknowledged by the broker.
 pub const OUTBOX_EVENTS_MAX: usize = 1024;
 pub const OUTBOX_BYTES_MAX: usize = 8 * MIB;
-/// Room that one task's events may take in the outbox; below it no further message is taken in.
+/// Room that one task's events may take in the outbox; below it no further message is taken in and no further
+/// task is begun, so that it outgrows its bound by the answers of those that run and no more.
 pub const OUTBOX_RESERVE_BYTES: usize = ANSWER_JSON_BYTES_MAX + 16 * KIB;
 pub const OUTBOX_RESERVE_EVENTS: usize = 4;
 /// QoS 1 publishes in flight to the broker.
@@ -65,7 +66,7 @@ const MIB: usize = 1024 * KIB;
 /// What all of the above may hold at once.
 pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
     + QUEUE_TASKS_MAX * (TOPIC_BYTES_MAX + CORRELATION_BYTES_MAX + SENDER_BYTES_MAX + ID_BYTES_MAX)
-    + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + 2 * ANSWER_BYTES_MAX)
+    + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + ANSWER_JSON_BYTES_MAX)
     + RECALL_BYTES_MAX
     + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
     + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)

@@ -1,16 +1,14 @@
 //! `millwright bench`: how fast a model runs here, beside what the memory allows.
 
-use super::{ModelArgs, resident_bytes};
+use super::model::{ModelArgs, resident_bytes};
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Args;
 use millwright_engine::sampler::Sampling;
 use millwright_engine::{Engine, Event, Prompt, Request, bandwidth};
 use serde::Serialize;
 use std::time::Instant;
 
-/// Measure prefill, decode, load time and memory of a model on this machine
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
+#[derive(Debug, clap::Args)]
+pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Thread counts to measure
@@ -57,7 +55,7 @@ struct Run {
     bandwidth_share: f64,
 }
 
-pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     if args.repeat == 0 || args.decode_tokens < 2 {
         bail!("--repeat must be at least 1 and --decode-tokens at least 2");
     }

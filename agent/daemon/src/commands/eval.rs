@@ -1,20 +1,15 @@
 //! `millwright eval`: how well a model predicts a text, alone and beside a reference.
 
-use super::ModelArgs;
 use super::generate::read_text;
+use super::model::ModelArgs;
 use anyhow::{Context, Result, bail};
-use clap::Args;
 use millwright_engine::{Engine, PlanChoice};
 use serde::Serialize;
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 
-/// Measure perplexity on a text, and the KL divergence from a reference model
-///
-/// The text is cut into windows, each scored from an empty context. The reference runs in the plain plan (tract's own
-/// operators); take the f32 form of the same model: `cargo forge pull NAME --precision f32`.
-#[derive(Debug, Args)]
-pub(crate) struct EvalArgs {
+#[derive(Debug, clap::Args)]
+pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// The text to predict, UTF-8
@@ -59,7 +54,7 @@ struct Sums {
     same_top: usize,
 }
 
-pub(crate) fn run(args: &EvalArgs) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     if args.window < 2 {
         bail!("--window must be at least 2");
     }

@@ -1,12 +1,11 @@
 //! `millwright generate`: one answer on the terminal, without a broker.
 
-use super::ModelArgs;
-use millwright_task::wire::printable;
+use super::model::ModelArgs;
 use anyhow::{Context, Result, bail};
-use clap::Args;
 use millwright_engine::sampler::Sampling;
 use millwright_engine::text::Message;
 use millwright_engine::{Completion, Event, Finish, Prompt, Request};
+use millwright_task::wire::printable;
 use serde_json::json;
 use std::io::{Read, Write, stdout};
 use std::path::{Path, PathBuf};
@@ -14,9 +13,8 @@ use std::path::{Path, PathBuf};
 /// A prompt file larger than this is refused.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
-/// Answer one prompt on this machine, without a broker
-#[derive(Debug, Args)]
-pub(crate) struct GenerateArgs {
+#[derive(Debug, clap::Args)]
+pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -53,7 +51,7 @@ pub(crate) struct GenerateArgs {
     json: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Source {
     /// The prompt as it stands
@@ -88,7 +86,7 @@ impl Source {
 }
 
 /// A text file, bounded; names the file in every error.
-pub(crate) fn read_text(path: &Path) -> Result<String> {
+pub(super) fn read_text(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let file =
         std::fs::File::open(path).with_context(|| format!("can't open {}", path.display()))?;
@@ -101,7 +99,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
 }
 
-pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let prompt = args.source.read()?;
     let mut engine = args.model.open(args.threads, 1, None)?;
     let request = Request {

@@ -1,0 +1,183 @@
+//! The whole agent on one screen: its tasks, its channels, its drain. What happens in each case is the
+//! dispatcher's.
+
+use crate::broker::{self, Will};
+use crate::card::{self, Model, State};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::dispatcher::{Dispatcher, Parts};
+use crate::journal::Volatile;
+use crate::probe::{Machine, Probe};
+use crate::worker::{self, Brain, Prepare};
+use anyhow::{Result, anyhow};
+use millwright_task::limits::RUNNING_TASKS_MAX;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+/// How long a lost connection may come back before the plant is told.
+const WILL_DELAY: Duration = Duration::from_secs(10);
+/// What the stopped tasks and their final events get after the grace, and the goodbye after that.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// A model that is ready to work.
+pub struct Mind<B, P> {
+    pub model: Model,
+    pub brain: B,
+    pub preparer: P,
+    /// Tasks at the same time.
+    pub slots: usize,
+}
+
+/// Where the agent is in its life.
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    Serving,
+    /// New tasks are refused; those that run may finish until then.
+    Draining(Instant),
+    /// All was stopped; the final events go out until then.
+    Leaving(Instant),
+}
+
+/// Serves until `shutdown` resolves and the drain is done. An error means that the agent can't go on and
+/// should be started anew.
+pub async fn run<B, P>(
+    config: Config,
+    mind: Mind<B, P>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()>
+where
+    B: Brain,
+    P: Prepare<Work = B::Work>,
+{
+    let Mind {
+        model,
+        brain,
+        preparer,
+        slots,
+    } = mind;
+    let config = Arc::new(config);
+    let clock = Clock::new(config.clock);
+    let will = Will {
+        topic: config.base.state(),
+        payload: card::state(
+            &config,
+            State::Offline,
+            "the connection was lost",
+            clock.boot_id(),
+            None,
+        ),
+        delay: WILL_DELAY,
+    };
+    let (link, poller, mut inbox) = broker::open(&broker::Settings {
+        will: Some(will),
+        ..config.broker.clone()
+    });
+    let worker::Worker {
+        commands,
+        mut reports,
+        load,
+        thread,
+    } = worker::spawn(brain)?;
+    let mut health = health(config.model.state_dir.clone(), config.health_interval);
+    let mut agent = Dispatcher::new(Parts {
+        slots: slots.clamp(1, RUNNING_TASKS_MAX),
+        context: model.context_length.min(load.borrow().kv_tokens_max),
+        journal: Box::new(Volatile::default()),
+        link: link.clone(),
+        config: Arc::clone(&config),
+        clock,
+        model,
+        preparer,
+        commands,
+    });
+    let mut poller = tokio::spawn(poller.run());
+    tokio::pin!(shutdown);
+
+    let mut phase = Phase::Serving;
+    let outcome = loop {
+        tokio::select! {
+            Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
+            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(message)?,
+            report = reports.recv() => match report {
+                Some(report) => agent.on_report(report)?,
+                None => break Err(anyhow!("the model's thread died; the log above says of what")),
+            },
+            Some(machine) = health.recv() => { let load = *load.borrow(); agent.say_health(&machine, load); }
+            () = link.room() => {}
+            () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick()?,
+            () = &mut shutdown, if phase == Phase::Serving => {
+                tracing::info!("draining for at most {:?}", config.drain_grace);
+                agent.drain();
+                phase = Phase::Draining(Instant::now() + config.drain_grace);
+            }
+            () = until(phase) => match phase {
+                Phase::Leaving(_) => break Ok(()),
+                _ => { agent.stop_everything()?; phase = Phase::Leaving(Instant::now() + FAREWELL); }
+            },
+        }
+        agent.pump();
+        if phase != Phase::Serving && agent.is_idle() && agent.is_flushed() {
+            break Ok(());
+        }
+    };
+
+    let last = if outcome.is_ok() {
+        (State::Offline, "shut down")
+    } else {
+        (State::Degraded, "the model died")
+    };
+    agent.set_state(last.0, last.1);
+    let goodbye = async {
+        while !agent.is_flushed() && link.is_online() {
+            agent.pump();
+            if let Some(signal) = inbox.signals.recv().await {
+                agent.on_signal(signal)
+            }
+        }
+    };
+    let _ = timeout(FAREWELL, goodbye).await;
+    link.close();
+    if timeout(FAREWELL, &mut poller).await.is_err() {
+        poller.abort();
+    }
+    drop(agent);
+    // Without its commands the thread ends after its step; a panic was reported as it happened.
+    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    outcome
+}
+
+async fn until(phase: Phase) {
+    match phase {
+        Phase::Serving => std::future::pending().await,
+        Phase::Draining(at) | Phase::Leaving(at) => sleep_until(at).await,
+    }
+}
+
+/// Looks at the machine in the background. Ends with its receiver.
+fn health(state_dir: PathBuf, interval: Duration) -> mpsc::Receiver<Machine> {
+    let (samples, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut probe = None;
+        while !samples.is_closed() {
+            let dir = state_dir.clone();
+            let look = move |probe: Option<Probe>| {
+                let mut probe = probe.unwrap_or_else(|| Probe::new(&dir));
+                let machine = probe.look();
+                (probe, machine)
+            };
+            let taken = probe.take();
+            let Ok((used, machine)) = tokio::task::spawn_blocking(move || look(taken)).await else {
+                return;
+            };
+            probe = Some(used);
+            if samples.send(machine).await.is_err() {
+                return;
+            }
+            sleep(interval).await;
+        }
+    });
+    receiver
+}

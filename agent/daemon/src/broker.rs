@@ -1,0 +1,177 @@
+//! The MQTT connection: bytes in and out, acknowledgements matched to what was sent. Knows packets and
+//! generations; never tasks. The traps of the client library are all handled here:
+//!
+//! - `poll` is never cancelled (a cancelled write loses its packet) and never awaits another task of ours.
+//! - After any error nothing of the old connection survives in the client: its queue, its collision, its
+//!   buffered events and its requests are dropped, and [`Signal::Offline`] tells the outbox to send again.
+//! - Acknowledgements carry the connection's generation: one that comes late would acknowledge another packet.
+
+mod link;
+mod poller;
+pub mod tls;
+
+pub use link::{Link, NotSent, Outgoing, Token};
+pub use poller::Poller;
+
+use anyhow::{Context, Result, ensure};
+use link::Shared;
+use millwright_task::limits::{INBOX_MESSAGES_MAX, INFLIGHT_MAX, PACKET_BYTES_MAX, REQUESTS_MAX};
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::{
+    ConnectProperties, LastWill, LastWillProperties, PubAckReason, Publish,
+};
+use rumqttc::v5::{AsyncClient, MqttOptions};
+use rumqttc::{TlsConfiguration, Transport};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+
+/// How to reach the broker.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub host: String,
+    pub port: u16,
+    pub credentials: Option<Credentials>,
+    pub client_id: String,
+    pub keep_alive: Duration,
+    /// Zero means a clean session.
+    pub session_expiry: Duration,
+    pub tls: Option<Arc<rustls::ClientConfig>>,
+    pub will: Option<Will>,
+}
+
+/// A user and its password. `Debug` shows no password.
+#[derive(Clone)]
+pub struct Credentials {
+    pub user: String,
+    password: String,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Credentials({})", self.user)
+    }
+}
+
+impl Credentials {
+    /// The user, with the password from its file (a trailing newline is not part of it).
+    pub fn read(user: Option<String>, password_file: Option<&Path>) -> Result<Option<Self>> {
+        let Some(user) = user else {
+            ensure!(password_file.is_none(), "a password file without a user");
+            return Ok(None);
+        };
+        let password = match password_file {
+            None => String::new(),
+            Some(path) => std::fs::read_to_string(path)
+                .with_context(|| format!("the password file {} can't be read", path.display()))?
+                .trim_end_matches(['\r', '\n'])
+                .to_owned(),
+        };
+        Ok(Some(Self { user, password }))
+    }
+}
+
+/// What the broker publishes, retained, when the connection is lost for longer than `delay`.
+#[derive(Debug, Clone)]
+pub struct Will {
+    pub topic: String,
+    pub payload: Vec<u8>,
+    pub delay: Duration,
+}
+
+/// What happened to the connection or to something sent on it.
+#[derive(Debug)]
+pub enum Signal {
+    /// Connected; nothing is subscribed yet.
+    Online,
+    /// The subscriptions are in place, or the broker refused one of them.
+    Subscribed {
+        refused: bool,
+    },
+    /// The connection is gone, with all that was not acknowledged.
+    Offline {
+        reason: Lost,
+    },
+    Delivered(Token),
+    Refused(Token, PubAckReason),
+}
+
+/// Why there is no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// A sentence for a person.
+    pub reason: String,
+    /// Trying again won't help until somebody changes something: the password, the certificate, the name.
+    pub needs_help: bool,
+}
+
+/// A message from the broker and the connection it came on.
+#[derive(Debug)]
+pub struct Message {
+    pub publish: Publish,
+    pub generation: u64,
+}
+
+/// What comes from the connection.
+#[derive(Debug)]
+pub struct Inbox {
+    pub signals: mpsc::Receiver<Signal>,
+    pub messages: mpsc::Receiver<Message>,
+}
+
+/// A connection's three ends. Nothing happens until the poller is run.
+pub fn open(settings: &Settings) -> (Link, Poller, Inbox) {
+    let (client, eventloop) = AsyncClient::new(options(settings), REQUESTS_MAX);
+    let link = Link::new(
+        client,
+        Arc::new(Mutex::new(Shared::default())),
+        Arc::new(Notify::new()),
+    );
+    let (signals_tx, signals) = mpsc::channel(64);
+    let (messages_tx, messages) = mpsc::channel(INBOX_MESSAGES_MAX * 2);
+    let poller = Poller::new(eventloop, link.clone(), settings, signals_tx, messages_tx);
+    (link, poller, Inbox { signals, messages })
+}
+
+fn options(settings: &Settings) -> MqttOptions {
+    let mut options = MqttOptions::new(&settings.client_id, &settings.host, settings.port);
+    let expiry = settings.session_expiry.as_secs().min(u64::from(u32::MAX)) as u32;
+    let mut properties = ConnectProperties::new();
+    properties.session_expiry_interval = Some(expiry);
+    properties.receive_maximum = Some(INBOX_MESSAGES_MAX as u16);
+    properties.max_packet_size = Some(PACKET_BYTES_MAX as u32);
+    options
+        .set_connect_properties(properties)
+        .set_clean_start(expiry == 0)
+        .set_keep_alive(settings.keep_alive)
+        .set_manual_acks(true)
+        .set_outgoing_inflight_upper_limit(INFLIGHT_MAX as u16)
+        .set_connection_timeout(10);
+    if let Some(Credentials { user, password }) = &settings.credentials {
+        options.set_credentials(user, password);
+    }
+    if let Some(tls) = &settings.tls {
+        options.set_transport(Transport::Tls(TlsConfiguration::Rustls(Arc::clone(tls))));
+    }
+    if let Some(will) = &settings.will {
+        let properties = LastWillProperties {
+            delay_interval: Some(will.delay.as_secs() as u32),
+            payload_format_indicator: None,
+            message_expiry_interval: None,
+            content_type: Some("application/json".into()),
+            response_topic: None,
+            correlation_data: None,
+            user_properties: Vec::new(),
+        };
+        let will = LastWill::new(
+            &will.topic,
+            will.payload.clone(),
+            QoS::AtLeastOnce,
+            true,
+            Some(properties),
+        );
+        options.set_last_will(will);
+    }
+    options
+}

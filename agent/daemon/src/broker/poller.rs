@@ -1,0 +1,230 @@
+//! The one task that drives the client library. It reports what happened, in order; it decides nothing.
+
+use super::link::Link;
+use super::{Lost, Message, Settings, Signal};
+use crate::clock::random;
+use rumqttc::Outgoing;
+use rumqttc::v5::mqttbytes::v5::{
+    ConnAck, ConnectReturnCode, DisconnectReasonCode, Packet, PubAck, PubAckReason, Publish,
+    SubscribeReasonCode,
+};
+use rumqttc::v5::{ConnectionError, Event, EventLoop, StateError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+const BACKOFF_FIRST: Duration = Duration::from_millis(500);
+const BACKOFF_LAST: Duration = Duration::from_secs(30);
+/// A connection that lasted this long was a good one: the next attempt follows quickly.
+const STEADY: Duration = Duration::from_secs(20);
+
+/// Drives the connection until [`Link::close`].
+pub struct Poller {
+    eventloop: EventLoop,
+    link: Link,
+    signals: mpsc::Sender<Signal>,
+    messages: mpsc::Sender<Message>,
+    /// `host:port`, for sentences.
+    place: String,
+    user: Option<String>,
+    backoff: Duration,
+    since: Option<Instant>,
+}
+
+impl Poller {
+    pub(super) fn new(
+        eventloop: EventLoop,
+        link: Link,
+        settings: &Settings,
+        signals: mpsc::Sender<Signal>,
+        messages: mpsc::Sender<Message>,
+    ) -> Self {
+        let place = format!("{}:{}", settings.host, settings.port);
+        let user = settings.credentials.as_ref().map(|c| c.user.clone());
+        Self {
+            eventloop,
+            link,
+            signals,
+            messages,
+            place,
+            user,
+            backoff: BACKOFF_FIRST,
+            since: None,
+        }
+    }
+
+    /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
+    pub async fn run(mut self) {
+        loop {
+            let signal = match self.eventloop.poll().await {
+                Ok(Event::Incoming(packet)) => self.incoming(packet),
+                Ok(Event::Outgoing(sent)) => {
+                    self.outgoing(&sent);
+                    None
+                }
+                Err(error) => {
+                    let lost = self.reset(&error);
+                    if self.link.lock().closing
+                        || self
+                            .signals
+                            .send(Signal::Offline { reason: lost })
+                            .await
+                            .is_err()
+                    {
+                        return;
+                    }
+                    tokio::time::sleep(self.pause()).await;
+                    continue;
+                }
+            };
+            self.link.flush_acks();
+            if let Some(signal) = signal
+                && self.signals.send(signal).await.is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    fn incoming(&mut self, packet: Packet) -> Option<Signal> {
+        match packet {
+            Packet::ConnAck(connack) => Some(self.connected(&connack)),
+            Packet::Publish(publish) => {
+                self.deliver(publish);
+                None
+            }
+            Packet::PubAck(PubAck { pkid, reason, .. }) => {
+                let token = self.link.lock().inflight.remove(&pkid)?;
+                self.link.wake();
+                match reason {
+                    PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
+                        Some(Signal::Delivered(token))
+                    }
+                    other => Some(Signal::Refused(token, other)),
+                }
+            }
+            Packet::SubAck(suback) => {
+                let good =
+                    |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(_));
+                Some(Signal::Subscribed {
+                    refused: !suback.return_codes.iter().all(good),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    fn connected(&mut self, connack: &ConnAck) -> Signal {
+        let limit = connack.properties.as_ref().and_then(|p| p.max_packet_size);
+        let mut shared = self.link.lock();
+        shared.generation += 1;
+        shared.online = true;
+        shared.packet_bytes_max = limit.map(|n| n as usize);
+        self.since = Some(Instant::now());
+        Signal::Online
+    }
+
+    fn deliver(&mut self, publish: Publish) {
+        let generation = self.link.lock().generation;
+        // The receive maximum keeps QoS 1 within the channel; QoS 0 has no bound and may be dropped by right.
+        // What doesn't fit stays unacknowledged.
+        if self
+            .messages
+            .try_send(Message {
+                publish,
+                generation,
+            })
+            .is_err()
+        {
+            tracing::warn!("a message was dropped: more arrive at once than may be held");
+        }
+    }
+
+    fn outgoing(&mut self, sent: &Outgoing) {
+        if let Outgoing::Publish(pkid) = *sent {
+            let mut shared = self.link.lock();
+            shared.queued = shared.queued.saturating_sub(1);
+            // Packet ids come in the order in which the messages were handed over; 0 is at most once.
+            if pkid != 0
+                && let Some(token) = shared.handed.pop_front()
+            {
+                shared.inflight.insert(pkid, token);
+            }
+        }
+        self.link.wake();
+    }
+
+    /// Drops all that the client holds of the connection that is gone.
+    fn reset(&mut self, error: &ConnectionError) -> Lost {
+        let mut shared = self.link.lock();
+        shared.reset();
+        // Under the lock, so that nothing is handed over between the two.
+        self.eventloop.clean();
+        self.eventloop.pending.clear();
+        self.eventloop.state.collision = None;
+        self.eventloop.state.events.clear();
+        drop(shared);
+        if self
+            .since
+            .take()
+            .is_some_and(|since| since.elapsed() > STEADY)
+        {
+            self.backoff = BACKOFF_FIRST;
+        }
+        self.explain(error)
+    }
+
+    /// The time to wait now: twice as long each time, and never the same for a hundred gateways at once.
+    fn pause(&mut self) -> Duration {
+        let full = self.backoff;
+        self.backoff = (full * 2).min(BACKOFF_LAST);
+        full / 2 + full.mul_f64((random() % 1000) as f64 / 2000.0)
+    }
+
+    fn explain(&self, error: &ConnectionError) -> Lost {
+        let place = &self.place;
+        let user = self.user.as_deref().unwrap_or("without a name");
+        let (reason, needs_help) = match error {
+            ConnectionError::ConnectionRefused(
+                ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
+            ) => (
+                format!(
+                    "the broker at {place} refuses user {user}: check the user and the password file"
+                ),
+                true,
+            ),
+            ConnectionError::ConnectionRefused(code) => (
+                format!("the broker at {place} refuses the connection: {code:?}"),
+                true,
+            ),
+            ConnectionError::Tls(e) => (format!("no TLS connection to {place}: {e}"), true),
+            ConnectionError::Io(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                (format!("no TLS connection to {place}: {e}"), true)
+            }
+            ConnectionError::Io(e) => (
+                format!("the broker at {place} can't be reached: {e}"),
+                false,
+            ),
+            ConnectionError::Timeout(_) => {
+                (format!("the broker at {place} does not answer"), false)
+            }
+            ConnectionError::MqttState(StateError::ServerDisconnect {
+                reason_code: DisconnectReasonCode::SessionTakenOver,
+                ..
+            }) => (
+                format!(
+                    "another client connected to {place} under this client id: each gateway needs its own"
+                ),
+                true,
+            ),
+            ConnectionError::MqttState(StateError::AwaitPingResp) => {
+                (format!("the broker at {place} went silent"), false)
+            }
+            ConnectionError::MqttState(e) => {
+                (format!("the connection to {place} was lost: {e}"), false)
+            }
+            other => (format!("no connection to {place}: {other}"), false),
+        };
+        Lost { reason, needs_help }
+    }
+}

@@ -1,0 +1,81 @@
+//! What the gateway says of itself, retained: its state and its card. Plain data.
+
+use crate::config::Config;
+use millwright_task::{Now, calendar, limits, wire};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// What is known of the model that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Model {
+    pub name: String,
+    pub version: String,
+    pub precision: String,
+    pub digest: String,
+    /// Whether the same task gives the same tokens wherever it runs.
+    pub exact: bool,
+    pub context_length: usize,
+    /// Whether it has a chat template.
+    pub chat: bool,
+    pub kernel: String,
+    pub plan: String,
+    pub notes: Vec<String>,
+}
+
+/// How the gateway is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Online,
+    Draining,
+    Degraded,
+    Offline,
+}
+
+/// The payload of `{base}/state`. The will has no time: nobody knows when it will be needed.
+pub fn state(
+    config: &Config,
+    state: State,
+    reason: &str,
+    boot_id: &str,
+    now: Option<Now>,
+) -> Vec<u8> {
+    let mut json = json!({
+        "gateway": config.gateway.name, "state": state, "reason": reason, "boot_id": boot_id,
+        "agent": env!("CARGO_PKG_VERSION"),
+    });
+    if let Some(now) = now {
+        json["at"] = Value::String(calendar::format(now.wall_ms));
+        json["clock"] = Value::String(if now.synced { "synced" } else { "unsynced" }.into());
+    }
+    bytes(&json)
+}
+
+/// The payload of `{base}/card`.
+pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec<u8> {
+    let (gateway, tasks) = (&config.gateway, &config.tasks);
+    let kinds: &[&str] = if model.chat {
+        &["generate", "chat"]
+    } else {
+        &["generate"]
+    };
+    bytes(&json!({
+        "gateway": gateway.name, "site": gateway.site, "area": gateway.area, "line": gateway.line,
+        "base": config.base.to_string(), "pools": [], "protocols": [1], "agent": env!("CARGO_PKG_VERSION"),
+        "content_types": [wire::Format::Json.content_type()],
+        "model": model, "kinds": kinds, "fields": wire::FIELDS, "templates": [], "adapters": [],
+        "limits": {
+            "context_tokens": context, "max_tokens": tasks.tokens_max, "max_tokens_default": tasks.tokens_default,
+            "payload_bytes": tasks.payload_bytes_max, "answer_bytes": limits::ANSWER_BYTES_MAX,
+            "messages": limits::MESSAGES_MAX, "stop": limits::STOPS_MAX, "stop_bytes": limits::STOP_BYTES_MAX,
+            "running": slots, "queue": tasks.queue_max,
+            "deadline_ms": tasks.deadline_max.as_millis() as u64,
+            "deadline_ms_default": tasks.deadline_default.as_millis() as u64,
+            "dedup_window_ms": tasks.dedup_window.as_millis() as u64,
+        },
+    }))
+}
+
+fn bytes(json: &Value) -> Vec<u8> {
+    json.to_string().into_bytes()
+}

@@ -1,0 +1,448 @@
+//! `millwright ask`: the operator's client. One task, its answer on stdout, everything else on stderr.
+
+mod screen;
+
+use crate::broker::{self, Credentials, Inbox, Link, Lost, Outgoing, Settings, Signal, Token, tls};
+use crate::clock::random;
+use crate::config::{Config, is_loopback};
+use anyhow::{Context, Result, bail, ensure};
+use millwright_task::topic::{Base, sender_is_plain};
+use millwright_task::wire::{self, Event, decode_event, id_is_plain};
+use rumqttc::v5::mqttbytes::v5::Publish;
+use screen::Screen;
+use serde_json::{Value, json};
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+
+/// Without `accepted` for this long, the same id is sent again.
+const RESEND: Duration = Duration::from_secs(3);
+/// How long the gateway gets to answer after the deadline, or after a cancel.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Until there is a connection at all.
+const CONNECT: Duration = Duration::from_secs(15);
+
+/// The answer goes to stdout as it comes; status and timing go to stderr. The exit code is 0 for an answer
+/// and 1 for anything else. Ctrl-C cancels the task at the gateway.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The question; `-` reads it from stdin
+    text: String,
+    /// The gateway's base topic, e.g. millwright/v1/hamburg/gw-07 [default: the base of --config]
+    #[arg(long, value_name = "BASE")]
+    to: Option<String>,
+    /// Take broker, credentials and base from an agent's configuration
+    #[arg(long, value_name = "FILE", conflicts_with = "broker")]
+    config: Option<PathBuf>,
+    /// The broker [default: 127.0.0.1:1883]
+    #[arg(long, value_name = "HOST:PORT")]
+    broker: Option<String>,
+    /// The broker user
+    #[arg(long, conflicts_with = "config")]
+    user: Option<String>,
+    /// The file that holds the user's password
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "config",
+        requires = "user"
+    )]
+    password_file: Option<PathBuf>,
+    /// Connect by TLS and trust this CA (PEM)
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    ca: Option<PathBuf>,
+    /// Client certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "ca", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Client key (PEM)
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+    /// Allow a broker on another machine without TLS
+    #[arg(long)]
+    plaintext: bool,
+    /// Who asks: the broker's access rules tie it to the user [default: the user, or `operator`]
+    #[arg(long, value_name = "NAME")]
+    sender: Option<String>,
+    /// The task's id; sending it again gets the same answer [default: random]
+    #[arg(long)]
+    id: Option<String>,
+    /// Put the question through the model's chat template (the default)
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// Let the model continue the text as it stands
+    #[arg(long)]
+    raw: bool,
+    /// Instructions before the question
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Tokens of the answer, at most
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// 0 takes the most likely token each time
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Draw from the K most likely tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Draw from the tokens that make up this share of probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Leave out tokens less likely than this share of the most likely one
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Above 1, tokens that were used become less likely
+    #[arg(long, value_name = "R")]
+    repeat_penalty: Option<f32>,
+    /// The same seed draws the same answer
+    #[arg(long)]
+    seed: Option<u64>,
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// 0 to 9; higher runs first
+    #[arg(long, value_name = "P")]
+    priority: Option<u8>,
+    /// Give up after this time
+    #[arg(long, value_name = "SECONDS", default_value_t = 120.0)]
+    deadline: f64,
+    /// Print the final event as one line of JSON instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let (settings, base) = reach(&args)?;
+    let user = settings.credentials.as_ref().map(|c| c.user.clone());
+    let sender = args
+        .sender
+        .clone()
+        .or(user)
+        .unwrap_or_else(|| "operator".into());
+    ensure!(
+        sender_is_plain(&sender),
+        "--sender must be one topic level without space, + or #"
+    );
+    let id = args
+        .id
+        .clone()
+        .unwrap_or_else(|| format!("ask-{:016x}", random()));
+    ensure!(
+        id_is_plain(&id),
+        "--id must be 1 to 64 of A-Z a-z 0-9 _ - ."
+    );
+    ensure!(
+        (0.001..=1e6).contains(&args.deadline),
+        "--deadline must be positive seconds"
+    );
+    let deadline = Duration::from_secs_f64(args.deadline);
+    let task = task(&args, &id)?.to_string().into_bytes();
+    let (link, poller, inbox) = broker::open(&settings);
+    let mut poller = tokio::spawn(poller.run());
+    let now = Instant::now();
+    let mut asking = Asking {
+        link: link.clone(),
+        base,
+        sender,
+        id,
+        task,
+        deadline,
+        screen: Screen::new(args.json),
+        phase: Phase::Connecting,
+        resend: now + CONNECT,
+        give_up: now + deadline + PATIENCE,
+        sent: 0,
+        offline: false,
+    };
+    let outcome = asking.run(inbox).await;
+    asking.screen.end();
+    link.close();
+    if tokio::time::timeout(Duration::from_secs(1), &mut poller)
+        .await
+        .is_err()
+    {
+        poller.abort();
+    }
+    outcome
+}
+
+/// The connection and the gateway.
+fn reach(args: &Args) -> Result<(Settings, Base)> {
+    let (mut settings, default_base) = match &args.config {
+        Some(path) => {
+            let config = Config::read(path)?;
+            (config.broker, Some(config.base))
+        }
+        None => (direct(args)?, None),
+    };
+    settings.client_id = format!("millwright-ask-{:016x}", random());
+    settings.session_expiry = Duration::ZERO;
+    let base = match (&args.to, default_base) {
+        (Some(text), _) => Base::parse(text).context("--to is no base topic")?,
+        (None, Some(base)) => base,
+        (None, None) => bail!("say which gateway: --to BASE, or --config FILE"),
+    };
+    Ok((settings, base))
+}
+
+fn direct(args: &Args) -> Result<Settings> {
+    let place = args.broker.as_deref().unwrap_or("127.0.0.1:1883");
+    let (host, port) = place
+        .rsplit_once(':')
+        .with_context(|| format!("--broker must be HOST:PORT, not {place}"))?;
+    let port = port
+        .parse()
+        .with_context(|| format!("--broker names no port: {place}"))?;
+    let files = args.ca.clone().map(|ca| tls::Files {
+        ca,
+        cert: args.cert.clone(),
+        key: args.key.clone(),
+    });
+    let tls = files.as_ref().map(tls::client).transpose()?;
+    ensure!(
+        tls.is_some() || args.plaintext || is_loopback(host),
+        "{host} is another machine: give --ca FILE for TLS, or --plaintext if that is meant"
+    );
+    Ok(Settings {
+        host: host.to_owned(),
+        port,
+        credentials: Credentials::read(args.user.clone(), args.password_file.as_deref())?,
+        client_id: String::new(),
+        keep_alive: Duration::from_secs(10),
+        session_expiry: Duration::ZERO,
+        tls,
+        will: None,
+    })
+}
+
+fn task(args: &Args, id: &str) -> Result<Value> {
+    let mut text = args.text.clone();
+    if text == "-" {
+        text.clear();
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .context("stdin can't be read")?;
+    }
+    let mut task = json!({
+        "id": id, "stream": !args.json, "deadline_ms": (args.deadline * 1000.0).ceil() as u64,
+    });
+    if args.raw {
+        task["kind"] = "generate".into();
+        task["prompt"] = text.into();
+    } else {
+        let system = args
+            .system
+            .iter()
+            .map(|s| json!({"role": "system", "content": s}));
+        task["kind"] = "chat".into();
+        task["messages"] = system
+            .chain([json!({"role": "user", "content": text})])
+            .collect();
+    }
+    let optional = [
+        ("max_tokens", args.max_tokens.map(Value::from)),
+        ("temperature", args.temperature.map(Value::from)),
+        ("top_k", args.top_k.map(Value::from)),
+        ("top_p", args.top_p.map(Value::from)),
+        ("min_p", args.min_p.map(Value::from)),
+        ("repeat_penalty", args.repeat_penalty.map(Value::from)),
+        ("seed", args.seed.map(Value::from)),
+        ("priority", args.priority.map(Value::from)),
+        (
+            "stop",
+            (!args.stop.is_empty()).then(|| args.stop.clone().into()),
+        ),
+    ];
+    for (field, value) in optional {
+        if let Some(value) = value {
+            task[field] = value;
+        }
+    }
+    Ok(task)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Connecting,
+    /// Sent, not yet accepted.
+    Sent,
+    Accepted,
+    Cancelling,
+}
+
+/// One task on its way.
+struct Asking {
+    link: Link,
+    base: Base,
+    sender: String,
+    id: String,
+    task: Vec<u8>,
+    deadline: Duration,
+    screen: Screen,
+    phase: Phase,
+    resend: Instant,
+    give_up: Instant,
+    sent: u64,
+    /// The gateway's last known state is offline.
+    offline: bool,
+}
+
+impl Asking {
+    async fn run(&mut self, mut inbox: Inbox) -> Result<()> {
+        loop {
+            tokio::select! {
+                Some(signal) = inbox.signals.recv() => self.on_signal(signal)?,
+                Some(message) = inbox.messages.recv() => {
+                    let last = self.on_message(&message.publish);
+                    self.link.ack(message.generation, message.publish);
+                    if let Some(event) = last {
+                        return self.screen.finish(event);
+                    }
+                }
+                () = sleep_until(self.resend), if matches!(self.phase, Phase::Connecting | Phase::Sent) => self.on_silence()?,
+                () = sleep_until(self.give_up) => bail!(self.silence()),
+                _ = tokio::signal::ctrl_c() => self.on_interrupt()?,
+            }
+        }
+    }
+
+    fn on_signal(&mut self, signal: Signal) -> Result<()> {
+        match signal {
+            Signal::Online => {
+                // First of all, so that no event and no state is missed.
+                let filters = [self.base.result(&self.sender, &self.id), self.base.state()];
+                ensure!(
+                    self.link.subscribe(&filters, true),
+                    "the subscription could not be sent"
+                );
+            }
+            Signal::Subscribed { refused: true } => {
+                bail!(
+                    "the broker doesn't let {} read answers and state below {}",
+                    self.sender,
+                    self.base
+                )
+            }
+            Signal::Subscribed { refused: false } => {
+                // After a reconnect too: events may have been lost, and the same id gets the same answer.
+                self.send()?;
+                if self.phase == Phase::Connecting {
+                    self.phase = Phase::Sent;
+                }
+            }
+            Signal::Offline {
+                reason: Lost { reason, needs_help },
+            } => {
+                ensure!(!needs_help && self.phase != Phase::Connecting, "{reason}");
+                self.screen.status(&format!("{reason}; connecting again"));
+            }
+            Signal::Delivered(_) => {}
+            Signal::Refused(_, why) => bail!(
+                "the broker doesn't let {} send tasks to {}: {why:?}",
+                self.sender,
+                self.base
+            ),
+        }
+        Ok(())
+    }
+
+    fn on_message(&mut self, publish: &Publish) -> Option<Event> {
+        if publish.topic.as_ref() == self.base.state().as_bytes() {
+            self.on_state(&publish.payload);
+            return None;
+        }
+        let event = decode_event(&publish.payload)
+            .ok()
+            .filter(|e| e.task == self.id && e.sender == self.sender)?;
+        if self.phase == Phase::Sent {
+            self.phase = Phase::Accepted;
+        }
+        self.screen.show(&event);
+        if self.phase == Phase::Cancelling && matches!(event.body, wire::Body::Unknown {}) {
+            // The gateway never had it and remembers the cancel: nothing will come.
+            self.give_up = Instant::now();
+        }
+        event.body.is_final().then_some(event)
+    }
+
+    fn on_state(&mut self, payload: &[u8]) {
+        let state: Value = serde_json::from_slice(payload).unwrap_or_default();
+        let word = |key: &str| wire::printable(state[key].as_str().unwrap_or_default());
+        match state["state"].as_str() {
+            Some("online")
+                if std::mem::take(&mut self.offline) && self.phase != Phase::Connecting =>
+            {
+                self.screen.status("the gateway is back; sent again");
+                let _ = self.send();
+            }
+            Some("online") | None => {}
+            Some(other) => {
+                self.offline = other == "offline";
+                self.screen.status(&format!(
+                    "the gateway is {}: {}",
+                    wire::printable(other),
+                    word("reason")
+                ));
+            }
+        }
+    }
+
+    /// The same id again: the gateway runs it once.
+    fn on_silence(&mut self) -> Result<()> {
+        ensure!(
+            self.phase != Phase::Connecting,
+            "no connection to the broker"
+        );
+        if self.sent == 1 {
+            self.screen
+                .status("no answer yet; sending again until there is one");
+        }
+        self.send()
+    }
+
+    fn send(&mut self) -> Result<()> {
+        self.sent += 1;
+        self.resend = Instant::now() + RESEND;
+        let expiry = self.deadline.as_secs().max(1).min(u64::from(u32::MAX)) as u32;
+        let message = Outgoing {
+            expiry: Some(expiry),
+            ..Outgoing::json(self.base.task(&self.sender), self.task.clone())
+        };
+        match self.link.publish(Some(Token(self.sent)), &message) {
+            Err(broker::NotSent::TooLarge { bytes, limit }) => {
+                bail!("the task has {bytes} bytes and the broker takes {limit}")
+            }
+            // Offline or full: the next silence tries again.
+            _ => Ok(()),
+        }
+    }
+
+    fn on_interrupt(&mut self) -> Result<()> {
+        ensure!(
+            !matches!(self.phase, Phase::Cancelling | Phase::Connecting),
+            "interrupted"
+        );
+        self.screen
+            .status("cancelling; Ctrl-C again leaves at once");
+        self.phase = Phase::Cancelling;
+        self.give_up = Instant::now() + PATIENCE;
+        let payload = json!({"task": self.id}).to_string().into_bytes();
+        let message = Outgoing::json(self.base.cancel(&self.sender), payload);
+        self.sent += 1;
+        self.link
+            .publish(Some(Token(self.sent)), &message)
+            .map_err(|e| anyhow::anyhow!("the cancel could not be sent ({e:?})"))
+    }
+
+    fn silence(&self) -> String {
+        let base = &self.base;
+        match self.phase {
+            Phase::Connecting => "no connection to the broker".into(),
+            Phase::Sent => {
+                format!("no answer from {base}: is that the gateway's base, and is it running?")
+            }
+            Phase::Accepted => format!("{base} accepted the task and did not finish it in time"),
+            Phase::Cancelling => "cancelled; the gateway did not confirm that it ran".into(),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What the operator sees: text on stdout as it comes, status on stderr. Text from models is data, so control
+//! characters are escaped.
+
+use anyhow::{Result, bail};
+use millwright_task::wire::{Body, Event, Finish, Format, Refusal, printable};
+use std::io::{IsTerminal, Write, stderr, stdout};
+
+pub(super) struct Screen {
+    json: bool,
+    /// The run whose text is on the screen, and that text.
+    run: String,
+    shown: String,
+    /// The cursor is inside a line of the answer.
+    open: bool,
+}
+
+impl Screen {
+    pub(super) fn new(json: bool) -> Self {
+        Self {
+            json,
+            run: String::new(),
+            shown: String::new(),
+            open: false,
+        }
+    }
+
+    /// A line for the operator, not for a program.
+    pub(super) fn status(&mut self, line: &str) {
+        // On a terminal both streams meet: the answer's line ends first.
+        if self.open && stdout().is_terminal() && stderr().is_terminal() {
+            println!();
+            self.open = false;
+        }
+        eprintln!("· {line}");
+    }
+
+    pub(super) fn show(&mut self, event: &Event) {
+        match &event.body {
+            Body::Accepted {
+                queue_position,
+                eta_ms,
+            } => {
+                let eta = eta_ms.map_or(String::new(), |ms| {
+                    format!(", about {:.1} s", ms as f64 / 1000.0)
+                });
+                let gateway = printable(&event.gateway);
+                self.status(&format!(
+                    "accepted by {gateway} (position {queue_position}{eta})"
+                ));
+            }
+            Body::Started {} => self.status("started"),
+            Body::Delta { text, offset } => self.delta(&event.run, text, *offset),
+            Body::AlreadyFinal {} => self.status("the task had ended before the cancel"),
+            Body::Unknown {} => self.status("the gateway doesn't know the task"),
+            _ => {}
+        }
+    }
+
+    fn delta(&mut self, run: &str, text: &str, offset: u64) {
+        if self.run != run && self.shown.is_empty() {
+            run.clone_into(&mut self.run);
+        }
+        // After a gap, or in another run, the final event brings the whole text.
+        if self.run == run && offset == self.shown.len() as u64 {
+            self.print(text);
+        }
+    }
+
+    fn print(&mut self, text: &str) {
+        if self.json {
+            return;
+        }
+        self.shown.push_str(text);
+        self.open = !self.shown.ends_with('\n');
+        let mut out = stdout().lock();
+        // A reader that went away is not worth a panic; the task goes on and ends in its time.
+        let _ = out
+            .write_all(printable(text).as_bytes())
+            .and_then(|()| out.flush());
+    }
+
+    /// Ends the answer's line.
+    pub(super) fn end(&mut self) {
+        if std::mem::take(&mut self.open) {
+            let _ = writeln!(stdout());
+        }
+    }
+
+    /// Shows the final event; an error for anything but an answer.
+    pub(super) fn finish(&mut self, event: Event) -> Result<()> {
+        if self.json {
+            let _ = stdout().write_all(&[&Format::Json.encode(&event)[..], b"\n"].concat());
+        }
+        match event.body {
+            Body::Done {
+                text,
+                finish,
+                usage,
+                timing,
+                provenance,
+            } => {
+                self.rest(&text);
+                self.end();
+                let end = if finish == Finish::Length {
+                    ", cut at max_tokens"
+                } else {
+                    ""
+                };
+                self.status(&format!(
+                    "{} tokens{end} for a prompt of {}: queue {} ms, prefill {} ms, decode {} ms, {:.1} tokens/s, {}",
+                    usage.generated_tokens, usage.prompt_tokens, timing.queue_ms, timing.prefill_ms, timing.decode_ms,
+                    timing.tokens_per_s, printable(&provenance.model),
+                ));
+                Ok(())
+            }
+            Body::Cancelled(partial) | Body::Expired(partial) => {
+                self.rest(&partial.text);
+                self.end();
+                bail!("no answer: {}", partial.reason)
+            }
+            Body::Rejected(refusal) => bail!("rejected, {}", sentence(&refusal)),
+            Body::Failed(refusal) => bail!("failed, {}", sentence(&refusal)),
+            other => bail!("unexpected end: {}", other.name()),
+        }
+    }
+
+    /// Shows what of the whole text isn't on the screen yet.
+    fn rest(&mut self, text: &str) {
+        if let Some(rest) = text.strip_prefix(self.shown.as_str()) {
+            let rest = rest.to_owned();
+            self.print(&rest);
+        } else {
+            self.status("the answer was made anew; from its beginning:");
+            self.shown.clear();
+            self.print(text);
+        }
+    }
+}
+
+fn sentence(refusal: &Refusal) -> String {
+    let retry = refusal.retry_after_ms.map_or(String::new(), |ms| {
+        format!(" (try again in {:.1} s)", ms as f64 / 1000.0)
+    });
+    format!("{}: {}{retry}", refusal.code.name(), refusal.reason)
+}

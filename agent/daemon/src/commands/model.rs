@@ -1,0 +1,100 @@
+//! What the commands share that run a model here, without a broker.
+
+use anyhow::{Context, Result};
+use millwright_engine::{Engine, Options, PlanChoice};
+use std::env;
+use std::path::{Path, PathBuf};
+
+/// Which model, and how it runs.
+#[derive(Debug, clap::Args)]
+pub(super) struct ModelArgs {
+    /// The model's folder, as `cargo forge path NAME` prints it
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Where packed weights are kept [default: the packed folder of the Millwright cache]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Run one sequence at a time through tract's own attention: the reference
+    #[arg(long)]
+    plain: bool,
+}
+
+impl ModelArgs {
+    /// Opens the model.
+    pub(super) fn open(
+        &self,
+        threads: Option<usize>,
+        slots: usize,
+        kv_tokens: Option<usize>,
+    ) -> Result<Engine> {
+        let options = self.options(threads, slots, kv_tokens)?;
+        Ok(Engine::open(&self.model, &options)?)
+    }
+
+    /// Opens another model beside it, for one sequence.
+    pub(super) fn open_other(
+        &self,
+        folder: &Path,
+        threads: Option<usize>,
+        plan: PlanChoice,
+    ) -> Result<Engine> {
+        let options = Options {
+            plan,
+            ..self.options(threads, 1, None)?
+        };
+        Ok(Engine::open(folder, &options)?)
+    }
+
+    fn options(
+        &self,
+        threads: Option<usize>,
+        slots: usize,
+        kv_tokens: Option<usize>,
+    ) -> Result<Options> {
+        let default = Options::default();
+        let state_dir = match &self.state_dir {
+            Some(dir) => dir.clone(),
+            None => packed_folder()?,
+        };
+        Ok(Options {
+            threads: threads.unwrap_or(default.threads),
+            state_dir,
+            slots,
+            kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
+            plan: if self.plain {
+                PlanChoice::Plain
+            } else {
+                PlanChoice::Auto
+            },
+            ..default
+        })
+    }
+}
+
+/// `MILLWRIGHT_CACHE`, else the XDG cache, as the forge has it.
+fn packed_folder() -> Result<PathBuf> {
+    let cache = |name: &str| {
+        env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let folder = cache("MILLWRIGHT_CACHE")
+        .or_else(|| cache("XDG_CACHE_HOME").map(|dir| dir.join("millwright")))
+        .or_else(|| cache("HOME").map(|dir| dir.join(".cache/millwright")))
+        .context("no cache folder: set MILLWRIGHT_CACHE or HOME, or give --state-dir")?;
+    Ok(folder.join("packed"))
+}
+
+/// This process's resident bytes, from the kernel; `None` where it doesn't say.
+pub(super) fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
+}

@@ -1,0 +1,427 @@
+//! The configuration file, parsed into a type that can't be wrong. `deploy/agent.toml` is the reference:
+//! every key with its meaning and its default.
+
+use crate::broker::{Credentials, Settings, tls};
+use crate::clock::Trust;
+use anyhow::{Context, Result, bail, ensure};
+use millwright_task::limits;
+use millwright_task::topic::{Base, ReplyRules};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Everything the agent is told.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub gateway: Gateway,
+    pub base: Base,
+    pub reply_rules: ReplyRules,
+    pub broker: Settings,
+    pub model: Model,
+    pub tasks: Tasks,
+    pub drain_grace: Duration,
+    pub health_interval: Duration,
+    pub clock: Trust,
+}
+
+/// Where this gateway is.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gateway {
+    pub site: String,
+    pub name: String,
+    pub area: Option<String>,
+    pub line: Option<String>,
+    base: Option<String>,
+}
+
+/// The model, and what it may take.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub bundle: PathBuf,
+    pub state_dir: PathBuf,
+    pub threads: Option<usize>,
+    pub kernel: Option<String>,
+    pub slots: Option<usize>,
+    pub kv_tokens: Option<usize>,
+    pub prefill_chunk: Option<usize>,
+}
+
+/// Bounds on tasks.
+#[derive(Debug, Clone)]
+pub struct Tasks {
+    pub queue_max: usize,
+    pub payload_bytes_max: usize,
+    pub tokens_default: usize,
+    pub tokens_max: usize,
+    pub deadline_default: Duration,
+    pub deadline_max: Duration,
+    pub dedup_window: Duration,
+    pub dedup_tasks_max: usize,
+    pub dedup_bytes_max: usize,
+    pub priority_max: HashMap<String, u8>,
+}
+
+impl Config {
+    /// Reads and checks a file. Errors name the file and the key.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("the configuration {} can't be read", path.display()))?;
+        Self::parse(&text)
+            .with_context(|| format!("the configuration {} can't be used", path.display()))
+    }
+
+    pub fn parse(text: &str) -> Result<Self> {
+        let raw: Raw = toml::from_str(text)?;
+        let base = match &raw.gateway.base {
+            Some(base) => Base::parse(base),
+            None => Base::of_gateway(&raw.gateway.site, &raw.gateway.name),
+        };
+        let base = base.map_err(|e| {
+            anyhow::anyhow!("gateway.base, or site and name, don't make a topic: {e}")
+        })?;
+        let reply_rules = ReplyRules::new(base.clone(), &raw.tasks.reply_prefixes)
+            .context("tasks.reply_prefixes")?;
+        let tasks = raw.tasks.check(raw.senders)?;
+        let broker = raw.broker.check(&raw.gateway, tasks.deadline_max)?;
+        ensure!(
+            raw.agent.health_interval_s >= 1,
+            "agent.health_interval_s must be at least 1"
+        );
+        if let Some(slots) = raw.model.slots {
+            let most = limits::RUNNING_TASKS_MAX;
+            ensure!(
+                (1..=most).contains(&slots),
+                "model.slots must be 1 to {most}"
+            );
+        }
+        Ok(Self {
+            base,
+            reply_rules,
+            broker,
+            tasks,
+            gateway: raw.gateway,
+            model: raw.model,
+            drain_grace: Duration::from_secs(raw.agent.drain_grace_s),
+            health_interval: Duration::from_secs(raw.agent.health_interval_s),
+            clock: raw.agent.clock,
+        })
+    }
+}
+
+/// The file as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Raw {
+    gateway: Gateway,
+    broker: RawBroker,
+    model: Model,
+    #[serde(default)]
+    tasks: RawTasks,
+    #[serde(default)]
+    senders: HashMap<String, RawSender>,
+    #[serde(default)]
+    agent: RawAgent,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBroker {
+    host: String,
+    port: Option<u16>,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+    client_id: Option<String>,
+    #[serde(default = "keep_alive_s")]
+    keep_alive_s: u64,
+    #[serde(default)]
+    plaintext: bool,
+    tls: Option<tls::Files>,
+}
+
+fn keep_alive_s() -> u64 {
+    30
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawTasks {
+    queue_max: usize,
+    payload_bytes_max: usize,
+    tokens_default: usize,
+    tokens_max: usize,
+    deadline_default_s: u64,
+    deadline_max_s: u64,
+    dedup_window_s: u64,
+    dedup_tasks_max: usize,
+    dedup_bytes_max: usize,
+    reply_prefixes: Vec<String>,
+}
+
+impl Default for RawTasks {
+    fn default() -> Self {
+        Self {
+            queue_max: 32,
+            payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
+            tokens_default: 256,
+            tokens_max: 2048,
+            deadline_default_s: 120,
+            deadline_max_s: 3600,
+            dedup_window_s: 24 * 3600,
+            dedup_tasks_max: limits::RECALL_TASKS_MAX,
+            dedup_bytes_max: limits::RECALL_BYTES_MAX,
+            reply_prefixes: Vec::new(),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSender {
+    priority_max: u8,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawAgent {
+    drain_grace_s: u64,
+    health_interval_s: u64,
+    clock: Trust,
+}
+
+impl Default for RawAgent {
+    fn default() -> Self {
+        Self {
+            drain_grace_s: 10,
+            health_interval_s: 10,
+            clock: Trust::Auto,
+        }
+    }
+}
+
+impl RawTasks {
+    fn check(self, senders: HashMap<String, RawSender>) -> Result<Tasks> {
+        let within = |key: &str, value: usize, most: usize| {
+            ensure!(
+                (1..=most).contains(&value),
+                "tasks.{key} is {value}; it must be 1 to {most}"
+            );
+            Ok(value)
+        };
+        ensure!(
+            self.deadline_max_s >= 1,
+            "tasks.deadline_max_s must be at least 1"
+        );
+        ensure!(
+            self.deadline_max_s <= u64::from(u32::MAX),
+            "tasks.deadline_max_s is too large for an MQTT session"
+        );
+        ensure!(
+            (1..=self.deadline_max_s).contains(&self.deadline_default_s),
+            "tasks.deadline_default_s must be 1 to deadline_max_s ({})",
+            self.deadline_max_s
+        );
+        ensure!(
+            self.tokens_default <= self.tokens_max,
+            "tasks.tokens_default is more than tokens_max"
+        );
+        for (name, sender) in &senders {
+            let most = limits::PRIORITY_MAX;
+            ensure!(
+                sender.priority_max <= most,
+                "senders.{name}.priority_max must be 0 to {most}"
+            );
+        }
+        Ok(Tasks {
+            queue_max: within("queue_max", self.queue_max, limits::QUEUE_TASKS_MAX)?,
+            payload_bytes_max: within(
+                "payload_bytes_max",
+                self.payload_bytes_max,
+                limits::PAYLOAD_BYTES_MAX,
+            )?,
+            tokens_default: within("tokens_default", self.tokens_default, limits::TOKENS_MAX)?,
+            tokens_max: within("tokens_max", self.tokens_max, limits::TOKENS_MAX)?,
+            dedup_tasks_max: within(
+                "dedup_tasks_max",
+                self.dedup_tasks_max,
+                limits::RECALL_TASKS_MAX,
+            )?,
+            dedup_bytes_max: within(
+                "dedup_bytes_max",
+                self.dedup_bytes_max,
+                limits::RECALL_BYTES_MAX,
+            )?,
+            deadline_default: Duration::from_secs(self.deadline_default_s),
+            deadline_max: Duration::from_secs(self.deadline_max_s),
+            dedup_window: Duration::from_secs(self.dedup_window_s),
+            priority_max: senders
+                .into_iter()
+                .map(|(name, sender)| (name, sender.priority_max))
+                .collect(),
+        })
+    }
+}
+
+impl RawBroker {
+    fn check(self, gateway: &Gateway, session_expiry: Duration) -> Result<Settings> {
+        // The MQTT client asserts the lower bound.
+        ensure!(
+            (5..=3600).contains(&self.keep_alive_s),
+            "broker.keep_alive_s must be 5 to 3600"
+        );
+        let client_id = self
+            .client_id
+            .unwrap_or_else(|| format!("millwright-{}-{}", gateway.site, gateway.name));
+        ensure!(!client_id.is_empty(), "broker.client_id is empty");
+        let tls = self
+            .tls
+            .as_ref()
+            .map(tls::client)
+            .transpose()
+            .context("broker.tls")?;
+        if tls.is_none() && !self.plaintext && !is_loopback(&self.host) {
+            bail!(
+                "broker.host {} is not this machine and broker.tls is not set: passwords and prompts would cross the \
+                 network in the clear (set broker.plaintext = true if that is meant)",
+                self.host
+            );
+        }
+        Ok(Settings {
+            port: self.port.unwrap_or(if tls.is_some() { 8883 } else { 1883 }),
+            credentials: Credentials::read(self.user, self.password_file.as_deref())?,
+            host: self.host,
+            client_id,
+            keep_alive: Duration::from_secs(self.keep_alive_s),
+            session_expiry,
+            tls,
+            will: None,
+        })
+    }
+}
+
+/// Whether `host` is this machine by name or address.
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = include_str!("../../../deploy/agent.toml");
+    const SMALL: &str = "[gateway]\nsite = 'hamburg'\nname = 'gw-07'\n[broker]\nhost = '127.0.0.1'\n[model]\nbundle = 'm'\nstate_dir = 's'\n";
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Config::parse(text).unwrap_err())
+    }
+
+    #[test]
+    fn the_sample_is_valid_and_shows_the_defaults() {
+        let sample = Config::parse(SAMPLE).unwrap();
+        let small = Config::parse(SMALL).unwrap();
+        assert_eq!(format!("{:?}", sample.tasks), format!("{:?}", small.tasks));
+        assert_eq!(
+            (
+                sample.drain_grace,
+                sample.health_interval,
+                sample.broker.keep_alive,
+                sample.broker.port
+            ),
+            (
+                small.drain_grace,
+                small.health_interval,
+                small.broker.keep_alive,
+                small.broker.port
+            )
+        );
+        assert_eq!(small.base.to_string(), "millwright/v1/hamburg/gw-07");
+    }
+
+    #[test]
+    fn the_sample_documents_every_key() {
+        for key in [
+            "site",
+            "name",
+            "area",
+            "line",
+            "base",
+            "host",
+            "port",
+            "user",
+            "password_file",
+            "client_id",
+            "keep_alive_s",
+            "plaintext",
+            "ca",
+            "cert",
+            "key",
+            "bundle",
+            "state_dir",
+            "threads",
+            "kernel",
+            "slots",
+            "kv_tokens",
+            "prefill_chunk",
+            "queue_max",
+            "payload_bytes_max",
+            "tokens_default",
+            "tokens_max",
+            "deadline_default_s",
+            "deadline_max_s",
+            "dedup_window_s",
+            "dedup_tasks_max",
+            "dedup_bytes_max",
+            "reply_prefixes",
+            "priority_max",
+            "drain_grace_s",
+            "health_interval_s",
+            "clock",
+        ] {
+            assert!(
+                SAMPLE
+                    .lines()
+                    .any(|l| l.trim_start_matches("# ").starts_with(&format!("{key} = "))),
+                "{key}"
+            );
+        }
+        // Uncommented, the optional keys must be ones the parser knows.
+        let all: String = SAMPLE
+            .lines()
+            .map(|l| {
+                l.strip_prefix("# ")
+                    .filter(|l| l.contains(" = ") || l.starts_with('['))
+                    .unwrap_or(l)
+                    .to_owned()
+                    + "\n"
+            })
+            .collect();
+        let error = error(&all);
+        assert!(
+            error.contains("password") || error.contains("ca.pem"),
+            "only the files may be missing: {error}"
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert!(error(&format!("{SMALL}[tasks]\nqueue = 3\n")).contains("queue"));
+        assert!(error(&format!("{SMALL}[tasks]\nqueue_max = 0\n")).contains("tasks.queue_max"));
+        assert!(
+            error(&format!("{SMALL}[tasks]\ndeadline_default_s = 9999\n"))
+                .contains("deadline_default_s")
+        );
+        assert!(error(&SMALL.replace("127.0.0.1", "10.0.0.5")).contains("broker.tls"));
+        assert!(error(&SMALL.replace("gw-07", "gw/07")).contains("gateway"));
+        assert!(error(&SMALL.replace("bundle = 'm'\n", "")).contains("bundle"));
+        assert!(
+            error(&SMALL.replace(
+                "[model]",
+                "user = 'x'\npassword_file = '/nonexistent/p'\n[model]"
+            ))
+            .contains("/nonexistent/p")
+        );
+    }
+}

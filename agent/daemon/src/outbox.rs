@@ -1,0 +1,348 @@
+//! Events on their way to the broker: kept until acknowledged, sent in order, sent again after a lost
+//! connection. Knows topics and tokens; not what an event means.
+
+use crate::broker::{Link, NotSent, Outgoing, Token};
+use millwright_task::limits::{
+    INFLIGHT_MAX, OUTBOX_BYTES_MAX, OUTBOX_EVENTS_MAX, OUTBOX_RESERVE_BYTES, OUTBOX_RESERVE_EVENTS,
+};
+use millwright_task::wire::Key;
+use rumqttc::v5::mqttbytes::v5::PubAckReason;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// The broker may refuse for a reason that passes; this often an event is tried.
+const ATTEMPTS_MAX: u32 = 5;
+/// How long nothing is sent after such a refusal.
+const HOLD: Duration = Duration::from_secs(5);
+
+/// Whether a link takes a message. The outbox's only view of the connection.
+pub trait Carrier {
+    fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent>;
+}
+
+impl Carrier for Link {
+    fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent> {
+        self.publish(Some(token), message)
+    }
+}
+
+/// What an entry is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Purpose {
+    /// State and card: said anew on each connection, so never sent again from here.
+    Retained,
+    /// An event that the sender can do without.
+    Progress,
+    /// A final event.
+    Final(Key),
+    /// Says that a final event can't be delivered. If it can't either, it is set aside.
+    LastWord,
+}
+
+/// A final event that can't be delivered where it should go, and why.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Undeliverable {
+    pub key: Key,
+    pub topic: String,
+    pub reason: String,
+    /// The broker doesn't let us publish there.
+    pub forbidden: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    token: Token,
+    purpose: Purpose,
+    message: Outgoing,
+    attempts: u32,
+}
+
+/// Messages not yet acknowledged, oldest first; the first `sent` are with the client.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    entries: VecDeque<Entry>,
+    sent: usize,
+    bytes: usize,
+    tokens: u64,
+    hold_until: Duration,
+}
+
+impl Outbox {
+    /// Events and bytes not yet acknowledged.
+    pub fn depth(&self) -> (usize, usize) {
+        (self.entries.len(), self.bytes)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Whether all that is here is with the client, so that a delta would not overtake anything.
+    pub fn is_all_sent(&self) -> bool {
+        self.sent == self.entries.len()
+    }
+
+    /// Whether the events of one more message fit. What is promised already always fits: the bounds on tasks
+    /// are part of the sum in `limits`.
+    pub fn has_room(&self) -> bool {
+        self.entries.len() + OUTBOX_RESERVE_EVENTS <= OUTBOX_EVENTS_MAX
+            && self.bytes + OUTBOX_RESERVE_BYTES <= OUTBOX_BYTES_MAX
+    }
+
+    pub fn push(&mut self, purpose: Purpose, message: Outgoing) {
+        if purpose == Purpose::Retained {
+            self.drop_unsent_retained(&message.topic);
+        }
+        self.tokens += 1;
+        self.bytes += message.payload.len();
+        self.entries.push_back(Entry {
+            token: Token(self.tokens),
+            purpose,
+            message,
+            attempts: 0,
+        });
+    }
+
+    /// Hands over as much as goes now; returns what can't ever be.
+    pub fn pump(&mut self, now: Duration, carrier: &impl Carrier) -> Vec<Undeliverable> {
+        let mut lost = Vec::new();
+        while self.sent < self.entries.len() && self.sent < INFLIGHT_MAX && now >= self.hold_until {
+            let entry = &self.entries[self.sent];
+            match carrier.carry(entry.token, &entry.message) {
+                Ok(()) => self.sent += 1,
+                Err(NotSent::Offline | NotSent::Full) => break,
+                Err(NotSent::TooLarge { bytes, limit }) => {
+                    let reason =
+                        format!("the event has {bytes} bytes and the broker takes {limit}");
+                    lost.extend(self.give_up(self.sent, reason, false));
+                }
+                Err(NotSent::Topic) => {
+                    lost.extend(self.give_up(self.sent, "the topic is malformed".into(), true))
+                }
+            }
+        }
+        lost
+    }
+
+    /// The broker has it.
+    pub fn delivered(&mut self, token: Token) {
+        if let Some(at) = self.sent_at(token) {
+            self.remove(at);
+        }
+    }
+
+    /// The broker refused it: tried again later where that may help, else given up.
+    pub fn refused(
+        &mut self,
+        now: Duration,
+        token: Token,
+        why: PubAckReason,
+    ) -> Option<Undeliverable> {
+        let at = self.sent_at(token)?;
+        let for_good = matches!(
+            why,
+            PubAckReason::NotAuthorized
+                | PubAckReason::TopicNameInvalid
+                | PubAckReason::PayloadFormatInvalid
+        );
+        let entry = &mut self.entries[at];
+        entry.attempts += 1;
+        if for_good || entry.attempts >= ATTEMPTS_MAX {
+            let reason = format!("the broker refused it: {why:?}");
+            return self.give_up(at, reason, true);
+        }
+        self.hold_until = now + HOLD;
+        let entry = self.entries.remove(at)?;
+        self.sent -= 1;
+        self.entries.insert(self.sent, entry);
+        None
+    }
+
+    /// The connection is gone: all that was not acknowledged is to be sent again, in order.
+    pub fn offline(&mut self) {
+        self.sent = 0;
+        let bytes = &mut self.bytes;
+        self.entries.retain(|entry| {
+            let keep = entry.purpose != Purpose::Retained;
+            *bytes -= if keep { 0 } else { entry.message.payload.len() };
+            keep
+        });
+    }
+
+    fn sent_at(&self, token: Token) -> Option<usize> {
+        self.entries
+            .iter()
+            .take(self.sent)
+            .position(|entry| entry.token == token)
+    }
+
+    fn remove(&mut self, at: usize) -> Option<Entry> {
+        let entry = self.entries.remove(at)?;
+        self.bytes -= entry.message.payload.len();
+        self.sent -= usize::from(at < self.sent);
+        Some(entry)
+    }
+
+    fn give_up(&mut self, at: usize, reason: String, forbidden: bool) -> Option<Undeliverable> {
+        let entry = self.remove(at)?;
+        let topic = entry.message.topic;
+        match entry.purpose {
+            Purpose::Final(key) => Some(Undeliverable {
+                key,
+                topic,
+                reason,
+                forbidden,
+            }),
+            Purpose::Progress | Purpose::Retained | Purpose::LastWord => {
+                tracing::warn!(topic, reason, "an event was set aside");
+                None
+            }
+        }
+    }
+
+    fn drop_unsent_retained(&mut self, topic: &str) {
+        let old = |e: &Entry| e.purpose == Purpose::Retained && e.message.topic == topic;
+        while let Some(at) = (self.sent..self.entries.len()).find(|&i| old(&self.entries[i])) {
+            self.remove(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    /// Takes what fits and remembers its order.
+    struct Wire {
+        room: usize,
+        limit: usize,
+        seen: RefCell<Vec<(Token, String)>>,
+    }
+
+    impl Carrier for Wire {
+        fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent> {
+            let bytes = message.payload.len();
+            if bytes > self.limit {
+                return Err(NotSent::TooLarge {
+                    bytes,
+                    limit: self.limit,
+                });
+            }
+            if self.seen.borrow().len() >= self.room {
+                return Err(NotSent::Full);
+            }
+            self.seen.borrow_mut().push((token, message.topic.clone()));
+            Ok(())
+        }
+    }
+
+    fn wire(room: usize) -> Wire {
+        Wire {
+            room,
+            limit: 100,
+            seen: RefCell::default(),
+        }
+    }
+
+    fn push(outbox: &mut Outbox, topic: &str, bytes: usize) {
+        let key = Key {
+            sender: "s".into(),
+            task: topic.into(),
+        };
+        outbox.push(
+            Purpose::Final(key),
+            Outgoing::json(topic.into(), vec![0; bytes]),
+        );
+    }
+
+    fn topics(wire: &Wire) -> Vec<String> {
+        wire.seen
+            .borrow()
+            .iter()
+            .map(|(_, topic)| topic.clone())
+            .collect()
+    }
+
+    #[test]
+    fn what_was_not_acknowledged_is_sent_again_in_order() {
+        let mut outbox = Outbox::default();
+        for topic in ["a", "b", "c"] {
+            push(&mut outbox, topic, 1);
+        }
+        let first = wire(2);
+        assert!(outbox.pump(Duration::ZERO, &first).is_empty());
+        assert_eq!(
+            (topics(&first), outbox.is_all_sent()),
+            (vec!["a".into(), "b".into()], false)
+        );
+        outbox.delivered(first.seen.borrow()[0].0);
+        outbox.offline();
+        let second = wire(9);
+        outbox.pump(Duration::ZERO, &second);
+        assert_eq!(topics(&second), ["b", "c"]);
+        for (token, _) in second.seen.borrow().iter() {
+            outbox.delivered(*token);
+        }
+        assert_eq!(outbox.depth(), (0, 0));
+    }
+
+    #[test]
+    fn what_the_broker_never_takes_is_given_up_and_the_rest_goes_on() {
+        let mut outbox = Outbox::default();
+        push(&mut outbox, "large", 101);
+        push(&mut outbox, "b", 1);
+        let wire = wire(9);
+        let lost = outbox.pump(Duration::ZERO, &wire);
+        assert_eq!(
+            (lost[0].topic.as_str(), topics(&wire)),
+            ("large", vec!["b".into()])
+        );
+        let token = wire.seen.borrow()[0].0;
+        let lost = outbox
+            .refused(Duration::ZERO, token, PubAckReason::NotAuthorized)
+            .unwrap();
+        assert!(lost.reason.contains("NotAuthorized"));
+        assert_eq!(outbox.depth(), (0, 0));
+    }
+
+    #[test]
+    fn a_refusal_that_may_pass_is_tried_again_after_a_while_and_not_for_ever() {
+        let mut outbox = Outbox::default();
+        push(&mut outbox, "a", 1);
+        let mut now = Duration::ZERO;
+        for attempt in 1..=ATTEMPTS_MAX {
+            let wire = wire(9);
+            outbox.pump(now, &wire);
+            let token = wire.seen.borrow()[0].0;
+            let lost = outbox.refused(now, token, PubAckReason::QuotaExceeded);
+            assert_eq!(lost.is_some(), attempt == ATTEMPTS_MAX);
+            outbox.pump(now, &wire);
+            assert_eq!(topics(&wire).len(), 1, "nothing goes out while it holds");
+            now += HOLD;
+        }
+    }
+
+    #[test]
+    fn retained_messages_are_replaced_and_not_sent_again() {
+        let mut outbox = Outbox::default();
+        for payload in [1, 2] {
+            outbox.push(
+                Purpose::Retained,
+                Outgoing::json("state".into(), vec![0; payload]),
+            );
+        }
+        assert_eq!(outbox.depth(), (1, 2));
+        outbox.offline();
+        assert_eq!(outbox.depth(), (0, 0));
+    }
+
+    #[test]
+    fn room_ends_before_the_bound() {
+        let mut outbox = Outbox::default();
+        while outbox.has_room() {
+            push(&mut outbox, "a", 10_000);
+        }
+        assert!(outbox.depth().1 + OUTBOX_RESERVE_BYTES <= OUTBOX_BYTES_MAX + 10_000);
+    }
+}

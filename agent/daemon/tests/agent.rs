@@ -1,0 +1,158 @@
+//! The agent against a real mosquitto, with a model without weights: the route of a task, not its text.
+
+mod common;
+
+use common::{Agent, BASE, Broker, Listener, publish};
+use std::process::Command;
+use std::time::Duration;
+
+const FAST: Duration = Duration::from_millis(2);
+const SLOW: Duration = Duration::from_millis(50);
+
+fn task(id: &str, tokens: usize, more: &str) -> String {
+    format!(
+        r#"{{"id": "{id}", "kind": "generate", "prompt": "check the pump ", "max_tokens": {tokens}, "stream": true{more}}}"#
+    )
+}
+
+#[test]
+fn a_task_is_accepted_streamed_and_answered_and_resent_gets_the_same_answer() {
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let agent = Agent::start(broker.port, FAST);
+    listener.expect("online");
+    publish(broker.port, "task", &task("a", 5, ""), &[]);
+    assert_eq!(listener.expect("accepted")["queue_position"], 0);
+    listener.expect("started");
+    assert_eq!(listener.expect("delta")["offset"], 0);
+    let done = listener.expect("done");
+    assert_eq!(done["text"], "check the pump check the ");
+    assert_eq!(
+        (&done["finish"], &done["usage"]["generated_tokens"]),
+        (&"length".into(), &5.into())
+    );
+    publish(broker.port, "task", &task("a", 5, ""), &[]);
+    assert_eq!(listener.expect("done"), done);
+    publish(broker.port, "task", &task("a", 6, ""), &[]);
+    assert_eq!(listener.expect("rejected")["code"], "conflict");
+    agent.stop().unwrap();
+    listener.expect("draining");
+    listener.expect("offline");
+}
+
+#[test]
+fn cancels_deadlines_refusals_and_the_drain_each_say_what_they_are() {
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let agent = Agent::start(broker.port, SLOW);
+    listener.expect("online");
+    publish(broker.port, "task", &task("slow", 900, ""), &[]);
+    listener.expect("started");
+    publish(
+        broker.port,
+        "task",
+        &task("late", 9, r#", "deadline_ms": 100"#),
+        &[],
+    );
+    assert_eq!(listener.expect("expired")["task"], "late");
+    publish(broker.port, "task", &task("b", 9, ""), &[]);
+    publish(broker.port, "task", &task("c", 9, ""), &[]);
+    publish(broker.port, "task", &task("d", 9, ""), &[]);
+    let busy = listener.expect("rejected");
+    assert_eq!(
+        (&busy["task"], &busy["code"], &busy["limit"]),
+        (&"d".into(), &"busy".into(), &2.into())
+    );
+    publish(broker.port, "cancel", r#"{"task": "slow"}"#, &[]);
+    let cancelled = listener.expect("cancelled");
+    assert!(
+        cancelled["text"]
+            .as_str()
+            .unwrap()
+            .starts_with("check the pump ")
+    );
+    publish(broker.port, "cancel", r#"{"task": "slow"}"#, &[]);
+    listener.expect("already_final");
+    publish(broker.port, "task", "{\"id\": ", &[]);
+    assert_eq!(listener.expect("rejected")["task"], "_invalid");
+    publish(
+        broker.port,
+        "task",
+        &task("r", 9, ""),
+        &["-D", "publish", "response-topic", "elsewhere/x"],
+    );
+    assert_eq!(listener.expect("rejected")["code"], "forbidden_reply_topic");
+    publish(broker.port, "task", &task("big", 1500, ""), &[]);
+    assert_eq!(listener.expect("rejected")["code"], "context_overflow");
+    publish(broker.port, "task", &task("long", 900, ""), &[]);
+    listener.expect("accepted");
+    agent.stop().unwrap();
+    let failed = listener.expect("failed");
+    assert_eq!(
+        (&failed["task"], &failed["code"]),
+        (&"long".into(), &"draining".into())
+    );
+    listener.expect("offline");
+}
+
+#[test]
+fn an_answer_made_while_the_broker_was_away_arrives_when_it_is_back() {
+    let mut broker = Broker::start();
+    let agent = Agent::start(broker.port, SLOW);
+    {
+        let listener = Listener::start(broker.port);
+        listener.expect("online");
+        publish(broker.port, "task", &task("a", 20, ""), &[]);
+        listener.expect("delta");
+    }
+    broker.restart();
+    let listener = Listener::start(broker.port);
+    assert_eq!(listener.expect("done")["usage"]["generated_tokens"], 20);
+    // The subscription is new too: nothing of the old session was left at the broker.
+    publish(broker.port, "task", &task("b", 3, ""), &[]);
+    assert_eq!(listener.expect("done")["task"], "b");
+    agent.stop().unwrap();
+}
+
+#[test]
+fn ask_prints_the_answer_and_says_why_there_is_none() {
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let agent = Agent::start(broker.port, FAST);
+    listener.expect("online");
+    let ask = |args: &[&str]| {
+        let place = format!("127.0.0.1:{}", broker.port);
+        let ask = Command::new(env!("CARGO_BIN_EXE_millwright"))
+            .args(["ask", "--to", BASE, "--broker", &place, "--max-tokens", "4"])
+            .args(args)
+            .output()
+            .unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (ask.status.code(), text(ask.stdout), text(ask.stderr))
+    };
+    let (code, out, err) = ask(&["--raw", "one \u{1b}[2Jtwo "]);
+    assert_eq!(
+        (code, out.as_str()),
+        (Some(0), "one \\u{1b}[2Jtwo one \\u{1b}[2Jtwo \n"),
+        "{err}"
+    );
+    assert!(
+        err.contains("accepted by gw (position 0") && err.contains("4 tokens, cut at max_tokens"),
+        "{err}"
+    );
+    let (code, out, err) = ask(&["--raw", "--json", "--id", "j", "one "]);
+    assert_eq!(
+        (
+            code,
+            serde_json::from_str::<serde_json::Value>(&out).unwrap()["task"].clone()
+        ),
+        (Some(0), "j".into()),
+        "{err}"
+    );
+    let (code, _, err) = ask(&["hello"]);
+    assert!(
+        code == Some(1) && err.contains("rejected, unsupported: the model has no chat template"),
+        "{err}"
+    );
+    agent.stop().unwrap();
+}

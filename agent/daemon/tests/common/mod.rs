@@ -1,0 +1,326 @@
+//! A broker of one's own and a model without weights: it "answers" with the words of the prompt, one per
+//! step, over and over until max_tokens.
+
+use millwright::app::{self, Mind};
+use millwright::card::Model;
+use millwright::config::Config;
+use millwright::worker::{Brain, Load, Prepare, Work};
+use millwright_engine::{Completion, Event, Finish, Prompt, Request, RequestError};
+use std::io::{BufRead, BufReader};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+pub(crate) const BASE: &str = "millwright/v1/test/gw";
+
+/// mosquitto on a free loopback port, gone when dropped.
+pub(crate) struct Broker {
+    child: Child,
+    pub(crate) port: u16,
+    dir: tempfile::TempDir,
+}
+
+impl Broker {
+    pub(crate) fn start() -> Self {
+        let port = free_port();
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("mosquitto.conf");
+        std::fs::write(
+            &config,
+            format!("listener {port} 127.0.0.1\nallow_anonymous true\n"),
+        )
+        .unwrap();
+        Self {
+            child: spawn(&dir, port),
+            port,
+            dir,
+        }
+    }
+
+    /// Ends it without a goodbye and starts it anew on the same port.
+    pub(crate) fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = spawn(&self.dir, self.port);
+    }
+}
+
+/// A port that no other test of this process was given: the system hands a free one out twice.
+fn free_port() -> u16 {
+    static GIVEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+    let mut given = GIVEN.lock().unwrap();
+    loop {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        if !given.contains(&port) {
+            given.push(port);
+            return port;
+        }
+    }
+}
+
+fn spawn(dir: &tempfile::TempDir, port: u16) -> Child {
+    let path = [
+        "/usr/sbin/mosquitto",
+        "/usr/bin/mosquitto",
+        "/usr/local/sbin/mosquitto",
+    ];
+    let program = path
+        .into_iter()
+        .find(|p| std::path::Path::new(p).exists())
+        .expect("mosquitto is installed");
+    let child = Command::new(program)
+        .arg("-c")
+        .arg(dir.path().join("mosquitto.conf"))
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the broker", || {
+        TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    child
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !ready() {
+        assert!(Instant::now() < end, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Lines of `mosquitto_sub -v` below the base.
+pub(crate) struct Listener {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Listener {
+    pub(crate) fn start(port: u16) -> Self {
+        let mut child = Command::new("mosquitto_sub")
+            .args([
+                "-p",
+                &port.to_string(),
+                "-q",
+                "1",
+                "-v",
+                "-t",
+                &format!("{BASE}/result/#"),
+                "-t",
+                &format!("{BASE}/state"),
+            ])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let (tx, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            out.lines()
+                .map_while(Result::ok)
+                .try_for_each(|l| tx.send(l))
+        });
+        Self { child, lines }
+    }
+
+    /// The next event called `name` (or state), skipping others.
+    pub(crate) fn expect(&self, name: &str) -> serde_json::Value {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let line = self
+                .lines
+                .recv_timeout(end.saturating_duration_since(Instant::now()));
+            let line = line.unwrap_or_else(|_| panic!("no {name} came"));
+            let json: serde_json::Value =
+                serde_json::from_str(line.split_once(' ').unwrap().1).unwrap();
+            if json["event"] == name || json["state"] == name {
+                return json;
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn publish(port: u16, kind: &str, payload: &str, more: &[&str]) {
+    let topic = format!("{BASE}/{kind}/mes");
+    let port = port.to_string();
+    let args = [
+        "-p", &port, "-q", "1", "-V", "mqttv5", "-t", &topic, "-m", payload,
+    ];
+    assert!(
+        Command::new("mosquitto_pub")
+            .args(args)
+            .args(more)
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+/// An agent with the stand-in model; stopped by its drain.
+pub(crate) struct Agent {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Agent {
+    pub(crate) fn start(port: u16, step: Duration) -> Self {
+        let text = format!(
+            "[gateway]\nsite='test'\nname='gw'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
+             [model]\nbundle='none'\nstate_dir='/tmp'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\n"
+        );
+        let config = Config::parse(&text).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(app::run(config, mind(step), async {
+                let _ = stopped.await;
+            }))
+        });
+        Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+
+    pub(crate) fn stop(mut self) -> anyhow::Result<()> {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+fn mind(step: Duration) -> Mind<Parrot, Words> {
+    let model = Model {
+        name: "parrot".into(),
+        version: "1".into(),
+        precision: "none".into(),
+        digest: "0".into(),
+        exact: true,
+        context_length: 1000,
+        chat: false,
+        kernel: "none".into(),
+        plan: "none".into(),
+        notes: vec![],
+    };
+    Mind {
+        model,
+        brain: Parrot {
+            step,
+            running: vec![],
+            next: 0,
+        },
+        preparer: Words,
+        slots: 1,
+    }
+}
+
+pub(crate) struct Words;
+pub(crate) struct Lines(Vec<String>, usize);
+
+impl Work for Lines {
+    fn prompt_tokens(&self) -> usize {
+        self.0.len()
+    }
+    fn tokens_max(&self) -> usize {
+        self.0.len() + self.1
+    }
+}
+
+impl Prepare for Words {
+    type Work = Lines;
+    fn prepare(&self, request: Request) -> Result<Lines, RequestError> {
+        match request.prompt {
+            Prompt::Text(text) => Ok(Lines(
+                text.split_inclusive(' ').map(str::to_owned).collect(),
+                request.max_tokens,
+            )),
+            Prompt::Chat(_) | Prompt::Tokens(_) => Err(RequestError::NoTemplate),
+        }
+    }
+}
+
+pub(crate) struct Parrot {
+    step: Duration,
+    running: Vec<(u32, Lines, String, usize)>,
+    next: u32,
+}
+
+fn completion(work: &Lines, text: String, tokens: usize, finish: Finish) -> Completion {
+    Completion {
+        text,
+        tokens: vec![0; tokens],
+        finish,
+        prompt_tokens: work.0.len(),
+        prefill: Duration::from_millis(1),
+        decode: Duration::from_millis(tokens as u64),
+    }
+}
+
+impl Brain for Parrot {
+    type Work = Lines;
+    type Slot = u32;
+    fn start(&mut self, work: Lines) -> Result<u32, Lines> {
+        self.next += 1;
+        self.running.push((self.next, work, String::new(), 0));
+        Ok(self.next)
+    }
+    fn step(&mut self) -> Result<Vec<(u32, Event)>, String> {
+        std::thread::sleep(self.step);
+        let mut events = vec![];
+        self.running.retain_mut(|(slot, work, text, tokens)| {
+            if *tokens == 0 {
+                events.push((*slot, Event::Started));
+            }
+            let word = work.0[*tokens % work.0.len()].clone();
+            text.push_str(&word);
+            *tokens += 1;
+            events.push((*slot, Event::Text(word)));
+            if *tokens < work.1 {
+                return true;
+            }
+            events.push((
+                *slot,
+                Event::Done(completion(work, text.clone(), *tokens, Finish::Length)),
+            ));
+            false
+        });
+        Ok(events)
+    }
+    fn cancel(&mut self, slot: u32) -> Completion {
+        let at = self
+            .running
+            .iter()
+            .position(|r| r.0 == slot)
+            .expect("a running slot");
+        let (_, work, text, tokens) = self.running.remove(at);
+        completion(&work, text, tokens, Finish::Cancelled)
+    }
+    fn is_idle(&self) -> bool {
+        self.running.is_empty()
+    }
+    fn load(&self) -> Load {
+        Load {
+            kv_tokens_used: 0,
+            kv_tokens_max: 100_000,
+        }
+    }
+}

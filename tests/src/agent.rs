@@ -1,0 +1,155 @@
+//! The agent as a process, with a configuration, a state directory and a log of the test's own.
+
+use crate::{Broker, await_end, end, signal};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use tempfile::TempDir;
+
+/// What the configuration of an agent under test says beyond the least.
+#[derive(Default, Clone)]
+pub struct Setup {
+    /// Default: the tiny model.
+    pub bundle: Option<PathBuf>,
+    /// Lines for the configuration's sections.
+    pub broker: String,
+    pub model: String,
+    pub tasks: String,
+    pub agent: String,
+}
+
+/// A running agent.
+pub struct Agent {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Agent {
+    pub fn start(broker: &Broker) -> Self {
+        Self::with(broker, &Setup::default())
+    }
+
+    pub fn with(broker: &Broker, setup: &Setup) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let text = configuration(broker, setup, folder.path());
+        fs::write(folder.path().join("agent.toml"), text).expect("the configuration");
+        let child = spawn(folder.path());
+        Self { child, folder }
+    }
+
+    /// Kills it as a power cut would: no farewell.
+    pub fn kill(&mut self) {
+        signal(&self.child, "KILL");
+        await_end("the agent dies", &mut self.child);
+    }
+
+    /// Asks it to end, as systemd does.
+    pub fn terminate(&self) {
+        signal(&self.child, "TERM");
+    }
+
+    /// Waits for it to end by itself.
+    pub fn ended(&mut self) -> ExitStatus {
+        await_end("the agent ends", &mut self.child)
+    }
+
+    /// Starts it again with the same configuration and state.
+    pub fn restart(&mut self) {
+        end(&mut self.child);
+        self.child = spawn(self.folder.path());
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_none()
+    }
+
+    /// All it logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("agent.log")).unwrap_or_else(|e| e.to_string())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        end(&mut self.child);
+        if std::thread::panicking() {
+            eprintln!("--- agent\n{}", self.log());
+        }
+    }
+}
+
+fn configuration(broker: &Broker, setup: &Setup, folder: &Path) -> String {
+    let bundle = setup.bundle.clone().unwrap_or_else(bundle);
+    format!(
+        "[gateway]\nsite = 'plant'\nname = 'gw-1'\n\
+         [model]\nbundle = '{}'\nstate_dir = '{}'\n{}\n\
+         [tasks]\n{}\n\
+         [agent]\nhealth_interval_s = 1\n{}\n\
+         [broker]\nhost = '127.0.0.1'\nport = {}\nkeep_alive_s = 5\n{}\n",
+        bundle.display(),
+        folder.join("state").display(),
+        setup.model,
+        setup.tasks,
+        setup.agent,
+        broker.port,
+        setup.broker,
+    )
+}
+
+fn spawn(folder: &Path) -> Child {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join("agent.log"));
+    let log = log.expect("the log");
+    Command::new(program("millwright"))
+        .args(["agent", "--config"])
+        .arg(folder.join("agent.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("the log"))
+        .stderr(log)
+        .spawn()
+        .expect("the agent starts")
+}
+
+/// A program of this workspace: cargo puts them beside the folder of the test programs.
+fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("this program's path");
+    let path = test.ancestors().nth(2).expect("target/debug").join(name);
+    assert!(
+        path.exists(),
+        "{} is not built: run `cargo build --workspace` first, as tests/run does",
+        path.display()
+    );
+    path
+}
+
+/// The folder of the tiny seeded model, made at the first call.
+pub fn bundle() -> PathBuf {
+    // Its own cache, so that a test run changes nothing of the user's; one for all runs, beside the programs.
+    let cache = program("millwright-forge").with_file_name("test-models");
+    forge(&["pull", "tiny"], Some(&cache))
+}
+
+/// The folder of SmolLM2-135M, pulled before the tests.
+pub fn real_bundle() -> PathBuf {
+    forge(&["path", "smollm2-135m"], None)
+}
+
+fn forge(arguments: &[&str], cache: Option<&Path>) -> PathBuf {
+    let mut command = Command::new(program("millwright-forge"));
+    command.args(arguments);
+    if let Some(cache) = cache {
+        command.env("MILLWRIGHT_CACHE", cache);
+    }
+    let output = command.output().expect("the forge starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "millwright-forge {arguments:?}: {said}"
+    );
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+}

@@ -1,0 +1,259 @@
+//! A mosquitto of the test's own, on a free port, with its files in a folder of its own.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Who may connect to the port that agents use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Security {
+    Open,
+    /// Users `gw`, `mes` and `hmi` with their name and `-secret` as password, and an ACL that holds senders to
+    /// their topics.
+    Passwords,
+    /// TLS with a certificate from a CA made for this test, in `ca.pem`; see [`Broker::file`].
+    Tls,
+}
+
+/// A running broker.
+pub struct Broker {
+    child: Child,
+    folder: TempDir,
+    /// Where agents connect.
+    pub port: u16,
+    /// Where tests connect: the same, but without TLS.
+    pub client_port: u16,
+}
+
+impl Broker {
+    pub fn open() -> Self {
+        Self::start(Security::Open)
+    }
+
+    pub fn start(security: Security) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        match security {
+            Security::Open => {}
+            Security::Passwords => write_users(folder.path()),
+            Security::Tls => write_certificates(folder.path()),
+        }
+        // Another program may take a port between here and mosquitto's start.
+        for _ in 0..5 {
+            let (port, plain) = (free_port(), free_port());
+            let client_port = if security == Security::Tls {
+                plain
+            } else {
+                port
+            };
+            let configuration = configuration(folder.path(), security, port, client_port);
+            fs::write(folder.path().join("mosquitto.conf"), configuration)
+                .expect("the configuration");
+            let mut child = spawn(folder.path());
+            if is_up(&mut child, client_port) {
+                return Self {
+                    child,
+                    folder,
+                    port,
+                    client_port,
+                };
+            }
+            crate::end(&mut child);
+        }
+        panic!("mosquitto did not start:\n{}", log(folder.path()));
+    }
+
+    /// A file of the broker's folder: `ca.pem`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Ends the broker as a restart of its service would: it saves its sessions.
+    pub fn stop(&mut self) {
+        crate::signal(&self.child, "TERM");
+        crate::await_end("mosquitto ends", &mut self.child);
+    }
+
+    /// Starts it again on the same port.
+    pub fn resume(&mut self) {
+        self.child = spawn(self.folder.path());
+        assert!(
+            is_up(&mut self.child, self.client_port),
+            "{}",
+            log(self.folder.path())
+        );
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        crate::end(&mut self.child);
+        if std::thread::panicking() {
+            eprintln!("--- mosquitto\n{}", log(self.folder.path()));
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+fn configuration(folder: &Path, security: Security, port: u16, client_port: u16) -> String {
+    let at = |name: &str| folder.join(name).display().to_string();
+    // Without `user`, a mosquitto started by root could not read its files here.
+    let mut text = format!(
+        "user root\npersistence true\npersistence_location {}/\nlog_dest file {}\nlog_type all\n\
+         max_queued_messages 1000\nmax_packet_size 1048576\nlistener {port} 127.0.0.1\n",
+        folder.display(),
+        at("mosquitto.log"),
+    );
+    let more = match security {
+        Security::Open => "allow_anonymous true\n".to_owned(),
+        Security::Passwords => format!(
+            "allow_anonymous false\npassword_file {}\nacl_file {}\n",
+            at("users"),
+            at("acl")
+        ),
+        Security::Tls => format!(
+            "certfile {}\nkeyfile {}\nallow_anonymous true\nlistener {client_port} 127.0.0.1\n",
+            at("server.pem"),
+            at("server.key")
+        ),
+    };
+    write!(text, "{more}").expect("writing to a string");
+    text
+}
+
+fn spawn(folder: &Path) -> Child {
+    // Debian installs it where only root looks.
+    let installed = Path::new("/usr/sbin/mosquitto");
+    let program = if installed.exists() {
+        installed
+    } else {
+        Path::new("mosquitto")
+    };
+    Command::new(program)
+        .arg("-c")
+        .arg(folder.join("mosquitto.conf"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("mosquitto is not installed: run tests/run, which installs it")
+}
+
+fn is_up(child: &mut Child, port: u16) -> bool {
+    for _ in 0..250 {
+        if child
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_some()
+        {
+            return false;
+        }
+        if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
+}
+
+fn log(folder: &Path) -> String {
+    fs::read_to_string(folder.join("mosquitto.log")).unwrap_or_else(|e| e.to_string())
+}
+
+fn write_users(folder: &Path) {
+    for (n, user) in ["gw", "mes", "hmi"].iter().enumerate() {
+        let mut command = Command::new("mosquitto_passwd");
+        if n == 0 {
+            command.arg("-c");
+        }
+        command
+            .arg("-b")
+            .arg(folder.join("users"))
+            .args([*user, &format!("{user}-secret")]);
+        run(&mut command);
+    }
+    let acl = "user gw\ntopic readwrite millwright/v1/plant/gw-1/#\n\n\
+        pattern write millwright/v1/plant/gw-1/task/%u\n\
+        pattern write millwright/v1/plant/gw-1/cancel/%u\n\
+        pattern read millwright/v1/plant/gw-1/result/%u/#\n\
+        pattern read millwright/v1/plant/gw-1/state\n";
+    fs::write(folder.join("acl"), acl).expect("the ACL");
+}
+
+/// A CA and a server certificate for this machine.
+fn write_certificates(folder: &Path) {
+    let key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ];
+    let openssl =
+        |arguments: &[&str]| run(Command::new("openssl").args(arguments).current_dir(folder));
+    let ca = [
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=Plant CA",
+    ];
+    let is_ca = [
+        "-addext",
+        "basicConstraints=critical,CA:TRUE",
+        "-addext",
+        "keyUsage=critical,keyCertSign",
+    ];
+    openssl(
+        &[&["req", "-x509"], &key[..], &ca, &is_ca]
+            .concat()
+            .into_iter()
+            .collect::<Vec<_>>(),
+    );
+    let request = [
+        "-keyout",
+        "server.key",
+        "-out",
+        "server.csr",
+        "-subj",
+        "/CN=broker",
+    ];
+    openssl(&[&["req"], &key[..], &request].concat());
+    let names = "subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n";
+    fs::write(folder.join("server.ext"), names).expect("the extensions");
+    openssl(&[
+        "x509",
+        "-req",
+        "-in",
+        "server.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-out",
+        "server.pem",
+        "-days",
+        "2",
+        "-extfile",
+        "server.ext",
+    ]);
+}
+
+fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/run, which installs it"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
+}
