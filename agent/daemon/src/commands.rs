@@ -56,10 +56,10 @@ impl Command {
 }
 
 /// Logs go to stderr; `MILLWRIGHT_LOG` says how much, as `RUST_LOG` does elsewhere. The MQTT client's own
-/// warnings repeat what we say better.
+/// warnings repeat what we say better, and tract warns of each opset that it was not tested with.
 fn log(level: &str) {
     let filter = EnvFilter::try_from_env("MILLWRIGHT_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(format!("{level},rumqttc=off")));
+        .unwrap_or_else(|_| EnvFilter::new(format!("{level},rumqttc=off,tract_onnx=error")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

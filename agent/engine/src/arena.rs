@@ -111,6 +111,7 @@ mod tests {
             layers: 2,
             kv_heads: 1,
             head_dim: 4,
+            positions: 200,
         };
         let mut arena = Arena::new(geometry, 2, 200);
         assert_eq!(arena.tokens_max(), 256);

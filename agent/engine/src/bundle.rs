@@ -208,6 +208,9 @@ impl Manifest {
                 manifest.format
             ));
         }
+        if manifest.context_length < 2 {
+            return Err("a context of fewer than two tokens holds no answer".into());
+        }
         for entry in &manifest.files {
             let plain = !entry.name.is_empty()
                 && entry.name != ".."

@@ -104,9 +104,33 @@ fn turn(state: &State) -> &Turn {
 
 /// Runs a plan; after an error nothing of that turn is left.
 fn run(state: &mut State, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
-    state
-        .run(inputs)
-        .inspect_err(|_| state.turn_state.values.clear())
+    state.run(inputs).inspect_err(|_| {
+        state.turn_state.values.clear();
+        state.turn_state.resolved_symbols = SymbolValues::default();
+        state.turn_state.scenario = None;
+    })
+}
+
+/// Appends the sampled rows. A head of ours makes them alone, one of tract's makes all.
+fn append_sampled(batch: &Batch, output: &Tensor, logits: &mut Vec<f32>) -> TractResult<()> {
+    let &[1, made, vocab] = output.shape() else {
+        bail!("logits of shape {:?}", output.shape())
+    };
+    let all = output.try_as_plain_ram()?.as_slice::<f32>()?;
+    if made == batch.sample.len() {
+        logits.extend_from_slice(all);
+    } else {
+        ensure!(
+            made == batch.rows.len(),
+            "{made} rows of logits for {} tokens",
+            batch.rows.len()
+        );
+        batch
+            .sample
+            .iter()
+            .for_each(|&row| logits.extend_from_slice(&all[row * vocab..][..vocab]));
+    }
+    Ok(())
 }
 
 /// All attention is ours: tokens of any slots ride in one batch.
@@ -150,8 +174,7 @@ impl Forward for Flat {
             &mut self.state,
             tvec![tensor1(&ids).into_shape(&[1, ids.len()])?.into_tvalue()],
         )?;
-        logits.extend_from_slice(outputs[0].try_as_plain_ram()?.as_slice::<f32>()?);
-        Ok(())
+        append_sampled(batch, &outputs[0], logits)
     }
 
     fn vocab(&self) -> usize {
@@ -274,17 +297,7 @@ impl Forward for Plain {
         });
         let inputs = inputs.collect::<TractResult<TVec<_>>>()?;
         let outputs = run(&mut self.state, inputs)?;
-        let all = outputs[0].try_as_plain_ram()?.as_slice::<f32>()?;
-        // A head of ours makes the sampled rows alone, one of tract's all of them.
-        if outputs[0].shape()[1] == rows.len() {
-            let vocab = all.len() / rows.len();
-            batch
-                .sample
-                .iter()
-                .for_each(|&row| logits.extend_from_slice(&all[row * vocab..][..vocab]));
-        } else {
-            logits.extend_from_slice(all);
-        }
+        append_sampled(batch, &outputs[0], logits)?;
         let presents = self.inputs.iter().filter_map(|input| match input {
             PlainInput::Past(_, output) => Some(outputs[*output].clone()),
             _ => None,

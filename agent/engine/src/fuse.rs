@@ -59,7 +59,7 @@ pub(crate) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
         if gone.contains(&node.output[0]) {
             continue;
         }
-        let project = Project::around(graph, node);
+        let project = Project::around(graph, recipe, node, &gone);
         gone.extend(
             project
                 .linears
@@ -93,26 +93,29 @@ enum Input<'a> {
 }
 
 impl<'a> Project<'a> {
-    fn around(graph: &'a Graph, first: &'a NodeProto) -> Self {
+    fn around(graph: &'a Graph, recipe: &Recipe, first: &'a NodeProto, gone: &[String]) -> Self {
         let x = first.input[0].as_str();
         let linears: Vec<_> = graph
             .consumers(x)
             .filter(|node| node.op_type == LINEAR)
             .collect();
+        let cols = ints(first, "weights")
+            .first()
+            .map_or(0, |&w| recipe.weights[w as usize].cols);
         let mut project = Self {
-            input: normed(graph, x)
+            input: normed(graph, x, cols)
                 .or_else(|| gated(graph, x))
                 .unwrap_or(Input::Plain(x)),
             outputs: linears.iter().map(|node| node.output[0].clone()).collect(),
             linears,
             residual: None,
         };
-        project.join_residual(graph);
+        project.join_residual(graph, gone);
         project
     }
 
-    /// `Add(x, linear(x'))`.
-    fn join_residual(&mut self, graph: &Graph) {
+    /// `Add(x, linear(x'))`, where x is another activation and not joined to somebody else already.
+    fn join_residual(&mut self, graph: &Graph, gone: &[String]) {
         let [output] = self.outputs.as_slice() else {
             return;
         };
@@ -122,7 +125,8 @@ impl<'a> Project<'a> {
         let Some(other) = add.input.iter().find(|input| *input != output) else {
             return;
         };
-        if !graph.is_initializer(other) {
+        let head = add.output[0] == "logits";
+        if !head && !gone.contains(&add.output[0]) && !is_constant(graph, other) {
             self.residual = Some(other.clone());
             self.outputs = vec![add.output[0].clone()];
         }
@@ -158,19 +162,38 @@ impl<'a> Project<'a> {
 }
 
 /// `RMSNormalization(x, gain)` over the last axis.
-fn normed<'a>(graph: &'a Graph, value: &str) -> Option<Input<'a>> {
+fn normed<'a>(graph: &'a Graph, value: &str, cols: usize) -> Option<Input<'a>> {
     let norm = graph.made_by(value, "RMSNormalization")?;
-    let known = int(norm, "axis").unwrap_or(-1) == -1 && graph.is_f32_initializer(&norm.input[1]);
-    known.then(|| {
-        Input::Normed(
-            &norm.input[0],
-            &norm.input[1],
-            float(norm, "epsilon").unwrap_or(1e-5),
-        )
-    })
+    let gain = graph.initializer(&norm.input[1])?;
+    let known = int(norm, "axis").unwrap_or(-1) == -1
+        && graph.is_f32_initializer(&norm.input[1])
+        && gain.dims == [cols as i64];
+    let epsilon = float(norm, "epsilon").unwrap_or(1e-5);
+    known.then(|| Input::Normed(&norm.input[0], &norm.input[1], epsilon))
 }
 
-/// `Mul(Mul(gate, Sigmoid(gate)), up)`, the factors in either order.
+/// Whether a value is made of nothing but constants.
+fn is_constant<'a>(graph: &'a Graph, mut value: &'a str) -> bool {
+    loop {
+        if graph.is_initializer(value) {
+            return true;
+        }
+        match graph.producer(value) {
+            Some(node) if node.op_type == "Constant" => return true,
+            Some(node)
+                if matches!(
+                    node.op_type.as_str(),
+                    "Identity" | "Cast" | "Transpose" | "Reshape" | "Unsqueeze"
+                ) =>
+            {
+                value = &node.input[0];
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// `Mul(Mul(gate, Sigmoid(gate)), up)` of two linears of one width, the factors in either order.
 fn gated<'a>(graph: &'a Graph, value: &str) -> Option<Input<'a>> {
     let both = graph.made_by(value, "Mul")?;
     let silu_of = |value: &str| -> Option<&'a str> {
@@ -181,9 +204,15 @@ fn gated<'a>(graph: &'a Graph, value: &str) -> Option<Input<'a>> {
         };
         gate_of(&silu.input[0], &silu.input[1]).or_else(|| gate_of(&silu.input[1], &silu.input[0]))
     };
+    let width = |value: &str| {
+        graph
+            .made_by(value, LINEAR)
+            .map(|node| ints(node, "widths"))
+    };
     let [a, b] = both.input.as_slice() else {
         return None;
     };
-    let gate_first = silu_of(a).map(|gate| Input::Gated(gate, b));
-    gate_first.or_else(|| silu_of(b).map(|gate| Input::Gated(gate, a)))
+    let gate_first = silu_of(a).map(|gate| (gate, b.as_str()));
+    let (gate, up) = gate_first.or_else(|| silu_of(b).map(|gate| (gate, a.as_str())))?;
+    (width(gate).is_some() && width(gate) == width(up)).then_some(Input::Gated(gate, up))
 }

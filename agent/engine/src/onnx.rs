@@ -85,6 +85,7 @@ impl Graph {
         for tensor in &graph.proto().initializer {
             graph.check(tensor)?;
         }
+        graph.check_nodes()?;
         Ok(graph)
     }
 
@@ -103,8 +104,8 @@ impl Graph {
             for output in node.output.iter().filter(|name| !name.is_empty()) {
                 producers.insert(output.clone(), i);
             }
-            for input in node.input.iter().filter(|name| !name.is_empty()) {
-                consumers.entry(input.clone()).or_default().push(i);
+            for input in reads(node).filter(|name| !name.is_empty()) {
+                consumers.entry(input.to_owned()).or_default().push(i);
             }
         }
         let names = self.proto().initializer.iter().enumerate();
@@ -122,7 +123,7 @@ impl Graph {
             if let Some(&node) = self.producers.get(&name)
                 && alive.insert(node)
             {
-                queue.extend(self.proto().node[node].input.iter().cloned());
+                queue.extend(reads(&self.proto().node[node]).map(str::to_owned));
             }
             names.insert(name);
         }
@@ -272,23 +273,66 @@ impl Graph {
         }))
     }
 
-    /// A small i64 tensor's values, from an initializer or a Constant node.
-    pub(crate) fn i64s(&self, name: &str) -> Option<Vec<i64>> {
-        let constant = || {
-            self.made_by(name, "Constant")
-                .and_then(|n| attribute(n, "value")?.t.as_ref())
-        };
-        let tensor = self.initializer(name).or_else(constant)?;
-        if tensor.data_type() != DataType::Int64 {
-            return None;
+    /// Checks what the rewriting relies on: every value is made once and before it is read, operators have the
+    /// inputs that they can't be without, and none claims to be ours.
+    fn check_nodes(&self) -> Result<(), GraphError> {
+        let mut made: HashSet<&str> = self.initializers.keys().map(String::as_str).collect();
+        made.extend(self.proto().input.iter().map(|input| input.name.as_str()));
+        for node in &self.proto().node {
+            let wrong = |what: &str| {
+                GraphError::Shape(format!(
+                    "has a node {} ({}) {what}",
+                    node.name, node.op_type
+                ))
+            };
+            if node.op_type.starts_with("Millwright") {
+                return Err(wrong("of a type that is reserved"));
+            }
+            let least = match node.op_type.as_str() {
+                "Attention" | "RotaryEmbedding" => 3,
+                "MatMul" | "DequantizeLinear" | "Gather" | "Add" | "Mul" | "RMSNormalization"
+                | "Reshape" => 2,
+                "Sigmoid" | "Transpose" | "Identity" | "Cast" | "Unsqueeze" => 1,
+                _ => 0,
+            };
+            if node.input.len() < least || node.output.first().is_none_or(String::is_empty) {
+                return Err(wrong("without all its inputs or its output"));
+            }
+            if let Some(name) = node
+                .input
+                .iter()
+                .find(|name| !name.is_empty() && !made.contains(name.as_str()))
+            {
+                return Err(wrong(&format!(
+                    "that reads {name}, which nothing made before it"
+                )));
+            }
+            if node
+                .output
+                .iter()
+                .any(|name| !name.is_empty() && !made.insert(name))
+            {
+                return Err(wrong("that makes a value a second time"));
+            }
         }
-        let bytes = self.bytes(tensor).ok()?;
-        let values = bytes.chunks_exact(8);
-        Some(
-            values
-                .map(|b| i64::from_le_bytes(b.try_into().unwrap_or_default()))
-                .collect(),
-        )
+        match self
+            .proto()
+            .output
+            .iter()
+            .find(|output| !made.contains(output.name.as_str()))
+        {
+            Some(output) => Err(GraphError::Shape(format!(
+                "has an output {} that nothing makes",
+                output.name
+            ))),
+            None if self.is_output("logits") => Ok(()),
+            None => Err(GraphError::Shape("has no output named logits".into())),
+        }
+    }
+
+    /// Names of the files beside the graph that hold its weights.
+    pub(crate) fn external_files(&self) -> impl Iterator<Item = &str> {
+        self.external.keys().map(String::as_str)
     }
 
     /// Checks that a tensor's stated shape is what its bytes hold.
@@ -326,7 +370,22 @@ impl Graph {
     }
 }
 
-pub(crate) fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
+/// All values that a node reads: its inputs, and what its branches or bodies take from around them.
+fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
+    let graphs = node
+        .attribute
+        .iter()
+        .flat_map(|a| a.g.iter().chain(&a.graphs));
+    let inner = graphs.flat_map(|g| {
+        g.node
+            .iter()
+            .flat_map(reads)
+            .chain(g.output.iter().map(|o| o.name.as_str()))
+    });
+    Box::new(node.input.iter().map(String::as_str).chain(inner))
+}
+
+fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
     node.attribute.iter().find(|a| a.name == name)
 }
 

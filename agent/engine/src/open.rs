@@ -139,6 +139,10 @@ impl Model {
         };
         let text = Arc::new(Text::open(&bundle)?);
         let mut graph = Graph::open(&bundle.path(GRAPH))?;
+        if let Some(name) = graph.external_files().find(|name| !bundle.has(name)) {
+            let reason = format!("keeps weights in {name}, which the manifest doesn't name");
+            return Err(GraphError::Shape(reason).into());
+        }
         let mut recipe = Recipe::default();
         lower::linears(&mut graph, &mut recipe)?;
         let flat = match options.plan {
@@ -185,7 +189,14 @@ impl Model {
             folder: folder.into(),
             reason: format!("{e:#}"),
         };
-        let context_length = bundle.manifest.context_length.min(options.kv_tokens);
+        let positions = recipe
+            .geometry
+            .map_or(usize::MAX, |geometry| geometry.positions);
+        let context_length = bundle
+            .manifest
+            .context_length
+            .min(options.kv_tokens)
+            .min(positions);
         let is_flat = flat.is_ok();
         let forward: Box<dyn Forward> = if is_flat {
             Box::new(Flat::new(parts, &recipe, options.slots, options.kv_tokens).map_err(plan)?)
@@ -222,10 +233,16 @@ impl Model {
 
 /// Takes the graph to its flat form, or leaves it as it was and says why not.
 fn flatten(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), String> {
-    let before = graph.model.clone();
+    let proto = graph.proto();
+    let before = (
+        proto.node.clone(),
+        proto.input.clone(),
+        proto.output.clone(),
+    );
     let done = lower::attention(graph, recipe).and_then(|()| position_wise(graph));
     if done.is_err() {
-        graph.model = before;
+        let proto = graph.proto_mut();
+        (proto.node, proto.input, proto.output) = before;
         graph.index();
         recipe.geometry = None;
         recipe.tables.clear();

@@ -39,6 +39,11 @@ trait Ours: TypedOp + Clone + PartialEq {
     /// The last dimension of each output.
     fn widths(&self) -> TVec<usize>;
 
+    /// The inputs' dimensions: ids have no width.
+    fn input_rank(&self) -> i64 {
+        3
+    }
+
     /// The middle dimension of the outputs, where it isn't the input's.
     fn rows(&mut self, _model: &mut TypedModel) {}
 }
@@ -59,9 +64,12 @@ impl<T: Ours> Expansion for Lifted<T> {
     fn rules<'r, 'p: 'r, 's: 'r>(
         &'s self,
         solver: &mut Solver<'r>,
-        _inputs: &'p [TensorProxy],
+        inputs: &'p [TensorProxy],
         outputs: &'p [TensorProxy],
     ) -> InferenceResult {
+        for input in inputs {
+            solver.equals(&input.rank, self.0.input_rank())?;
+        }
         for (output, width) in outputs.iter().zip(self.0.widths()) {
             solver.equals(&output.datum_type, f32::datum_type())?;
             solver.equals(&output.rank, 3)?;
@@ -102,6 +110,10 @@ impl Ours for Embed {
     fn widths(&self) -> TVec<usize> {
         tvec![self.width]
     }
+
+    fn input_rank(&self) -> i64 {
+        2
+    }
 }
 
 impl Op for Embed {
@@ -119,6 +131,11 @@ impl EvalOp for Embed {
         let turn = turn(ctx)?;
         let ids = inputs[0].try_as_plain_ram()?.as_slice::<i64>()?;
         let table = turn.weights.weight(self.weight);
+        let rows = table.shape().rows();
+        ensure!(
+            ids.iter().all(|&id| (0..rows as i64).contains(&id)),
+            "a token beyond the table's {rows}"
+        );
         let mut out = blank(ids.len(), self.width)?;
         let mut view = out.try_as_plain_ram_mut()?;
         for (id, row) in ids
@@ -345,9 +362,12 @@ impl EvalOp for Attend {
         let (dim, half) = (self.head_dim, self.head_dim / 2);
         let (cos, sin) = (turn.weights.table(self.cos), turn.weights.table(self.sin));
         let (width, kv_width) = (self.heads * dim, self.kv_heads * dim);
+        let fit = scratch.q.len() == rows.len() * width
+            && scratch.k.len() == rows.len() * kv_width
+            && v.len() == rows.len() * kv_width;
         ensure!(
-            scratch.q.len() == rows.len() * width,
-            "a batch of {} rows, q of another",
+            fit,
+            "a batch of {} rows, q, k and v of other sizes",
             rows.len()
         );
         // All keys and values are in the cache, rounded, before any is read.

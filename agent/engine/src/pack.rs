@@ -20,12 +20,15 @@ use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 const MAGIC: &[u8; 8] = b"MWPACK01";
 const PREFIX: usize = 8 + 4 + 32;
 const HEADER_BYTES_MAX: usize = 4 << 20;
 const ALIGN: usize = 64;
 const PAGE: usize = 4096;
+/// No packing takes this long.
+const STALE: Duration = Duration::from_secs(3600);
 
 /// Why weights can't be packed.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +90,8 @@ impl Weights {
         folder: &Path,
     ) -> Result<Self, PackError> {
         let wanted = Header::plan(bundle, graph, recipe, layout)?;
-        let path = folder.join(format!("{}-{}.mwpk", &wanted.source[..16], wanted.layout));
+        let stem = wanted.stem();
+        let path = folder.join(format!("{stem}.mwpk"));
         match Self::map(&path, &wanted, layout) {
             Ok(weights) => return Ok(weights),
             Err(why) if path.exists() => tracing::warn!("{} is packed anew: {why}", path.display()),
@@ -104,11 +108,15 @@ impl Weights {
             source,
         };
         fs::create_dir_all(folder).map_err(write)?;
-        // A name of this process's own, so that two starts at once don't write into each other.
+        remove_stale(folder);
+        // A name of this start's own, so that two at once don't write into each other; the last rename wins.
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
         let partial = folder.join(format!(
-            ".{}-{}.partial",
-            &wanted.source[..16],
-            std::process::id()
+            ".{stem}-{}-{}.partial",
+            std::process::id(),
+            now.as_nanos()
         ));
         let written = wanted.write(graph, recipe, layout, &partial, &path);
         if written.is_err() {
@@ -183,7 +191,32 @@ impl Weights {
     }
 }
 
+/// Removes what starts that were cut off an hour ago or earlier left behind.
+fn remove_stale(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let partial = entry.path().extension().is_some_and(|e| e == "partial");
+        let age = entry
+            .metadata()
+            .and_then(|m| m.modified())
+            .ok()
+            .and_then(|at| at.elapsed().ok());
+        if partial && age.is_some_and(|age| age > STALE) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 impl Header {
+    /// Names a packed file after the model, the layout and what is inside.
+    fn stem(&self) -> String {
+        let inside = serde_json::to_vec(self).unwrap_or_default();
+        let digest: String = Sha256::digest(&inside)[..4]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        format!("{}-{}-{digest}", &self.source[..16], self.layout)
+    }
+
     fn plan(
         bundle: &Bundle,
         graph: &Graph,
@@ -260,7 +293,7 @@ impl Header {
             bytes: self.bytes as u64,
             source,
         };
-        let file = File::create(partial).map_err(failed)?;
+        let file = File::create_new(partial).map_err(failed)?;
         let mut out = Counted {
             inner: BufWriter::with_capacity(1 << 20, file),
             written: 0,

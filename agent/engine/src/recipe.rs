@@ -30,6 +30,8 @@ pub(crate) struct Geometry {
     pub(crate) layers: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
+    /// Rows of the shortest rotary table: no context is longer.
+    pub(crate) positions: usize,
 }
 
 /// All of it. An index into `weights` or `tables` is what our operators carry in the graph.

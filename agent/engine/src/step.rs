@@ -192,6 +192,10 @@ pub struct Completion {
 pub enum StepError {
     #[error("the forward pass failed: {0}")]
     Forward(String),
+    #[error("the engine is busy with answers")]
+    Busy,
+    #[error("token {0} is beyond the model's vocabulary")]
+    Token(u32),
     #[error("a text of {tokens} tokens is beyond the context of {available}")]
     TooLong { tokens: usize, available: usize },
 }
@@ -365,13 +369,8 @@ impl Engine {
                 sequence.cached = row.position + 1;
             }
         }
-        let vocab = self.logits.len() / batch.sample.len().max(1);
         let mut logits = std::mem::take(&mut self.logits);
-        for (&row, logits) in batch
-            .sample
-            .iter()
-            .zip(logits.chunks_exact_mut(vocab.max(1)))
-        {
+        for (&row, logits) in batch.sample.iter().zip(logits.chunks_exact_mut(self.vocab)) {
             self.advance(batch.rows[row].slot, logits, &mut events);
         }
         (self.batch, self.logits) = (batch, logits);
@@ -384,8 +383,14 @@ impl Engine {
         tokens: &[u32],
         on_row: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), StepError> {
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
+            return Err(StepError::Token(token));
+        }
+        if !self.is_idle() {
+            return Err(StepError::Busy);
+        }
         let available = self.card.context_length;
-        if tokens.len() > available || !self.is_idle() || !self.forward.reserve(0, tokens.len()) {
+        if tokens.len() > available || !self.forward.reserve(0, tokens.len()) {
             return Err(StepError::TooLong {
                 tokens: tokens.len(),
                 available,
@@ -418,8 +423,7 @@ impl Engine {
             self.forward
                 .forward(&batch, &mut self.logits)
                 .map_err(|e| StepError::Forward(format!("{e:#}")))?;
-            let vocab = self.logits.len() / tokens.len();
-            for (i, logits) in self.logits.chunks_exact(vocab).enumerate() {
+            for (i, logits) in self.logits.chunks_exact(self.vocab).enumerate() {
                 on_row(first + i, logits);
             }
         }

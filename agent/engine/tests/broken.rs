@@ -153,6 +153,27 @@ fn weights_beyond_the_end_of_their_file_are_refused() {
 }
 
 #[test]
+fn weights_that_the_manifest_does_not_name_are_refused() {
+    let tiny = Tiny::new();
+    let text = fs::read_to_string(tiny.path(MANIFEST)).unwrap();
+    let mut manifest = Manifest::parse(&text).unwrap();
+    manifest.files.retain(|file| file.name != "model.onnx.data");
+    fs::write(tiny.path(MANIFEST), manifest.to_text().unwrap()).unwrap();
+    says(&tiny.refusal(), &["model.onnx.data", "manifest"]);
+}
+
+#[test]
+fn a_context_beyond_the_rotary_tables_is_cut_to_them() {
+    let tiny = Tiny::new();
+    let text = fs::read_to_string(tiny.path(MANIFEST)).unwrap();
+    let mut manifest = Manifest::parse(&text).unwrap();
+    let positions = manifest.context_length;
+    manifest.context_length = 100 * positions;
+    fs::write(tiny.path(MANIFEST), manifest.to_text().unwrap()).unwrap();
+    assert_eq!(tiny.open().unwrap().card().context_length, positions);
+}
+
+#[test]
 fn an_input_that_is_not_known_is_named() {
     let tiny = Tiny::new();
     // The same length, so that the protobuf stays whole.

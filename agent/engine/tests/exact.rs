@@ -2,7 +2,8 @@
 //! kernel.
 
 use millwright_engine::sampler::Sampling;
-use millwright_engine::{Completion, Engine, Event, Options, Prompt, Request, kernels};
+use millwright_engine::{Completion, Engine, Event, Options, PlanChoice, Prompt, Request, kernels};
+use millwright_forge::Precision;
 use std::collections::HashMap;
 use std::path::Path;
 use tempfile::TempDir;
@@ -13,8 +14,12 @@ struct Tiny(TempDir);
 
 impl Tiny {
     fn new() -> Self {
+        Self::of(Precision::Int8)
+    }
+
+    fn of(precision: Precision) -> Self {
         let folder = TempDir::new().unwrap();
-        millwright_forge::tiny::write(folder.path(), millwright_forge::Precision::Int8).unwrap();
+        millwright_forge::tiny::write(folder.path(), precision).unwrap();
         Self(folder)
     }
 
@@ -161,4 +166,24 @@ fn a_cancelled_answer_frees_its_slot_and_its_blocks() {
         next[0].tokens,
         run(&mut tiny.open(|_| {}), &[request(0)])[0].tokens
     );
+}
+
+/// Here tract makes all rows of the logits and the engine picks those it samples.
+#[test]
+fn the_flat_plan_answers_as_the_plain_one_when_the_head_is_tracts() {
+    let tiny = Tiny::of(Precision::F32);
+    let requests: Vec<Request> = (0..3)
+        .map(|index| Request {
+            sampling: Sampling::greedy(),
+            ..request(index)
+        })
+        .collect();
+    let mut flat = tiny.open(|_| {});
+    assert_eq!(flat.card().plan, "flat");
+    let together = run(&mut flat, &requests);
+    for (request, flat) in requests.iter().zip(&together) {
+        let mut plain = tiny.open(|o| o.plan = PlanChoice::Plain);
+        let plain = run(&mut plain, std::slice::from_ref(request));
+        assert_eq!(plain[0].tokens[..4], flat.tokens[..4]);
+    }
 }

@@ -20,7 +20,7 @@ pub struct Args {
     /// Tokens to decode after each prompt
     #[arg(long, default_value_t = 64)]
     decode_tokens: usize,
-    /// Answers in progress at once to measure
+    /// Answers in progress at once to measure; a model in the plain plan takes one
     #[arg(long, value_delimiter = ',', default_value = "1,4")]
     batch: Vec<usize>,
     /// Runs of each, of which the median counts
@@ -78,7 +78,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for &threads in &args.threads {
         let mut engine = open(threads)?;
         let bandwidth = bandwidth::read_bytes_per_second(threads);
-        for &batch in &args.batch {
+        let slots = engine.usage().slots_max;
+        for &batch in args.batch.iter().filter(|&&batch| batch <= slots) {
             for &prompt_tokens in &args.prompt_tokens {
                 let measure = |_| measure(&mut engine, batch, prompt_tokens, args.decode_tokens);
                 let all: Vec<Measured> = (0..args.repeat).map(measure).collect::<Result<_>>()?;
@@ -188,7 +189,7 @@ fn measure(engine: &mut Engine, batch: usize, prompt: usize, decode: usize) -> R
             first.get_or_insert(now);
         }
         if begun == batch && prefilled.is_none() {
-            prefilled = Some((now, engine.tokens_made()));
+            prefilled = Some((now, made + engine.tokens_made()));
         }
     }
     let end = Instant::now();

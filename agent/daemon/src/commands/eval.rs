@@ -98,7 +98,7 @@ fn add_window(
     model: &mut Engine,
     reference: Option<&mut Engine>,
 ) -> Result<()> {
-    // The reference's rows of this window, log-softmaxed: one window is all that is held.
+    // The reference's rows of this window: [tokens, vocab] f32 are held at once.
     let mut rows: Vec<Vec<f32>> = Vec::new();
     if let Some(reference) = reference {
         reference.score(tokens, &mut |_, logits| rows.push(logits.to_vec()))?;

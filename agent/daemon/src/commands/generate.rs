@@ -124,7 +124,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         for (_, event) in engine.step()? {
             match event {
                 Event::Text(text) if !args.json => {
-                    print!("{}", printable(&text));
+                    write!(stdout(), "{}", printable(&text))?;
                     stdout().flush()?;
                 }
                 Event::Done(done) => {

@@ -115,30 +115,12 @@ impl Decoder {
     /// Reads a task, or says why it isn't one and where to answer.
     pub fn decode(&self, now: Now, envelope: &Envelope<'_>) -> Result<Task, Box<Refused>> {
         let mut address = Address::new(self, envelope);
-        let refuse = |address: Address<'_>, refusal| Err(Box::new(address.refused(refusal)));
-        if let Err(refusal) = address.claim_topic(envelope.response_topic, "the Response Topic") {
-            return refuse(address, refusal);
-        }
-        if let Err(refusal) = self.judge_envelope(envelope) {
-            return refuse(address, refusal);
-        }
-        let mut fields = match Fields::parse(envelope.payload) {
-            Ok(fields) => fields,
-            Err(refusal) => return refuse(address, refusal),
-        };
-        match self.read(now, envelope, &mut address, &mut fields) {
-            Ok(task) => Ok(task),
-            Err(refusal) => refuse(address, refusal),
-        }
+        let read = self.read(now, envelope, &mut address);
+        read.map_err(|refusal| Box::new(address.refused(refusal)))
     }
 
+    /// What must hold before the payload is looked into.
     fn judge_envelope(&self, envelope: &Envelope<'_>) -> Result<(), Refusal> {
-        if envelope.retain {
-            return Err(Refusal::new(
-                Code::Invalid,
-                "a task must not be published with RETAIN".into(),
-            ));
-        }
         if envelope
             .correlation
             .is_some_and(|c| c.len() > CORRELATION_BYTES_MAX)
@@ -168,8 +150,10 @@ impl Decoder {
         now: Now,
         envelope: &Envelope<'_>,
         address: &mut Address<'_>,
-        fields: &mut Fields,
     ) -> Result<Task, Refusal> {
+        let response_topic = address.claim_topic(envelope.response_topic, "the Response Topic");
+        self.judge_envelope(envelope)?;
+        let fields = &mut Fields::parse(envelope.payload)?;
         // Id and reply topic first: whatever else is wrong is then said where the sender listens.
         if let Some(id) = fields.text("id")? {
             if !id_is_plain(&id) {
@@ -177,6 +161,13 @@ impl Decoder {
                 return Err(Refusal::field("id", &reason));
             }
             address.id = Some(id);
+        }
+        response_topic?;
+        if envelope.retain {
+            return Err(Refusal::new(
+                Code::Invalid,
+                "a task must not be published with RETAIN".into(),
+            ));
         }
         let reply_to = fields.text("reply_to")?;
         if envelope.response_topic.is_none() {

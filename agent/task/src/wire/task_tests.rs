@@ -264,11 +264,13 @@ fn the_reply_topic_is_the_response_topic_then_reply_to_then_the_default() {
     );
     let forbidden = Envelope {
         response_topic: Some("$SYS/x"),
-        ..envelope(b"{")
+        ..envelope(payload.as_bytes())
     };
+    let refused = decoder().decode(NOW, &forbidden).unwrap_err();
+    assert_eq!(refused.refusal.code, Code::ForbiddenReplyTopic);
     assert_eq!(
-        decoder().decode(NOW, &forbidden).unwrap_err().refusal.code,
-        Code::ForbiddenReplyTopic
+        refused.reply.topic,
+        "millwright/v1/hamburg/gw-07/result/mes/t1"
     );
 }
 
