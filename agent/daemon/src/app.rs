@@ -113,10 +113,7 @@ where
                 agent.drain();
                 phase = Phase::Draining(Instant::now() + config.drain_grace);
             }
-            () = until(phase) => match phase {
-                Phase::Leaving(_) => break Ok(()),
-                _ => { agent.stop_everything()?; phase = Phase::Leaving(Instant::now() + FAREWELL); }
-            },
+            () = until(phase) => if let Phase::Leaving(_) = phase { break Ok(()) } else { agent.stop_everything()?; phase = Phase::Leaving(Instant::now() + FAREWELL); },
         }
         agent.pump();
         if phase != Phase::Serving && agent.is_idle() && agent.is_flushed() {
@@ -134,7 +131,7 @@ where
         while !agent.is_flushed() && link.is_online() {
             agent.pump();
             if let Some(signal) = inbox.signals.recv().await {
-                agent.on_signal(signal)
+                agent.on_signal(signal);
             }
         }
     };

@@ -216,7 +216,7 @@ impl RawTasks {
             "tasks.deadline_max_s must be at least 1"
         );
         ensure!(
-            self.deadline_max_s <= u64::from(u32::MAX),
+            u32::try_from(self.deadline_max_s).is_ok(),
             "tasks.deadline_max_s is too large for an MQTT session"
         );
         ensure!(

@@ -1,26 +1,24 @@
 //! What to do with each message, report and signal: admission decides, the journal keeps, the outbox sends.
 //! Waits for nothing: every call returns at once, and [`Dispatcher::pump`] moves on what can move.
 
+mod sayings;
+
 use crate::broker::{Link, Message, Outgoing, Signal};
-use crate::card::{self, Model, State};
+use crate::card::{Model, State};
 use crate::clock::{Clock, random};
 use crate::config::Config;
 use crate::intake::{self, Wish};
 use crate::journal::{Journal, Record};
-use crate::outbox::{Outbox, Purpose, Undeliverable};
-use crate::probe::Machine;
+use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
-use crate::worker::{Command, Load, Prepare, Report, Work};
+use crate::worker::{Command, Prepare, Report, Work};
 use anyhow::Result;
 use millwright_engine::{Completion, Finish};
 use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, SEED_MAX};
 use millwright_task::recall::Window;
-use millwright_task::wire::{
-    self, Bounds, Code, Decoder, Format, Provenance, Refusal, Reply, Usage,
-};
-use serde_json::json;
+use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -155,9 +153,9 @@ impl<P: Prepare> Dispatcher<P> {
                 self.subscribed = false;
                 self.outbox.offline();
                 if reason.needs_help {
-                    tracing::error!("{reason}")
+                    tracing::error!("{reason}");
                 } else {
-                    tracing::warn!("{reason}")
+                    tracing::warn!("{reason}");
                 }
             }
             Signal::Delivered(token) => self.outbox.delivered(token),
@@ -420,98 +418,6 @@ impl<P: Prepare> Dispatcher<P> {
             Class::Progress | Class::Delta => Purpose::Progress,
         };
         self.outbox.push(purpose, outgoing(post));
-    }
-
-    /// Says on the default topic that an answer can't be delivered.
-    fn last_word(&mut self, lost: Undeliverable) {
-        let Undeliverable {
-            key,
-            topic,
-            reason,
-            forbidden,
-        } = lost;
-        tracing::error!(
-            sender = key.sender,
-            task = key.task,
-            topic,
-            reason,
-            "an answer can't be delivered"
-        );
-        let default = self.decoder.base.result(&key.sender, &key.task);
-        if forbidden && topic == default {
-            return;
-        }
-        let body = wire::Body::Failed(Refusal::new(Code::ReplyUndeliverable, reason));
-        let reply = Reply {
-            topic: default,
-            correlation: None,
-            format: Format::Json,
-        };
-        let post = self
-            .admission
-            .say_alone(self.parts.clock.now(), &key, &reply, body);
-        self.outbox.push(Purpose::LastWord, outgoing(post));
-    }
-
-    pub fn set_state(&mut self, state: State, reason: &str) {
-        self.state = (state, reason.to_owned());
-        if self.subscribed {
-            self.say_state();
-        }
-    }
-
-    fn say_state(&mut self) {
-        let (config, clock) = (&self.parts.config, &self.parts.clock);
-        let payload = card::state(
-            config,
-            self.state.0,
-            &self.state.1,
-            clock.boot_id(),
-            Some(clock.now()),
-        );
-        self.retain(self.decoder.base.state(), payload);
-    }
-
-    fn say_card(&mut self) {
-        let Parts {
-            config,
-            model,
-            slots,
-            context,
-            ..
-        } = &self.parts;
-        let payload = card::card(config, model, *slots, *context);
-        self.retain(self.decoder.base.card(), payload);
-    }
-
-    fn retain(&mut self, topic: String, payload: Vec<u8>) {
-        let message = Outgoing {
-            retain: true,
-            ..Outgoing::json(topic, payload)
-        };
-        self.outbox.push(Purpose::Retained, message);
-    }
-
-    /// Publishes a health sample; a missed one is not worth keeping.
-    pub fn say_health(&mut self, machine: &Machine, load: Load) {
-        let now = self.parts.clock.now();
-        let (events, bytes) = self.outbox.depth();
-        let (recalled, recalled_bytes) = self.admission.recalled();
-        let sample = json!({
-            "gateway": self.parts.config.gateway.name,
-            "at": millwright_task::calendar::format(now.wall_ms),
-            "clock": if now.synced { "synced" } else { "unsynced" },
-            "machine": machine,
-            "queue": self.admission.waiting(), "running": self.admission.running(),
-            "counts": self.tally.counts(),
-            "kv_tokens_used": load.kv_tokens_used, "kv_tokens_max": load.kv_tokens_max,
-            "memory_bandwidth_share": null,
-            "model_digest": self.parts.model.digest,
-            "journal": {"open": self.parts.journal.open(), "recalled": recalled, "bytes": recalled_bytes},
-            "outbox": {"events": events, "bytes": bytes},
-        });
-        let message = Outgoing::json(self.decoder.base.health(), sample.to_string().into_bytes());
-        let _ = self.parts.link.publish(None, &message);
     }
 }
 

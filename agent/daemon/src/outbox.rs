@@ -117,7 +117,7 @@ impl Outbox {
                     lost.extend(self.give_up(self.sent, reason, false));
                 }
                 Err(NotSent::Topic) => {
-                    lost.extend(self.give_up(self.sent, "the topic is malformed".into(), true))
+                    lost.extend(self.give_up(self.sent, "the topic is malformed".into(), true));
                 }
             }
         }

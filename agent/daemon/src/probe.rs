@@ -98,9 +98,9 @@ impl Probe {
             agent_memory,
             swap_used: system.map(System::used_swap),
             disk_free: self.disk_free(),
-            temperature: hottest.and_then(|c| c.temperature()).map(round),
+            temperature: hottest.and_then(sysinfo::Component::temperature).map(round),
             temperature_limit: hottest
-                .and_then(|c| c.critical())
+                .and_then(sysinfo::Component::critical)
                 .filter(|t| t.is_finite())
                 .map(round),
             throttling_now: throttled.map(|bits| bits & 0xf != 0),
@@ -111,8 +111,9 @@ impl Probe {
                 io: pressure(&read("/proc/pressure/io")),
             },
             uptime_s: System::uptime().ok(),
-            network_received: wired.then(|| wires().map(|n| n.total_received()).sum()),
-            network_sent: wired.then(|| wires().map(|n| n.total_transmitted()).sum()),
+            network_received: wired
+                .then(|| wires().map(sysinfo::NetworkData::total_received).sum()),
+            network_sent: wired.then(|| wires().map(sysinfo::NetworkData::total_transmitted).sum()),
         }
     }
 

@@ -223,8 +223,10 @@ impl<B: Brain> Bench<B> {
 
     /// Text may wait and be joined; decoding never waits for the network.
     fn text(&mut self, ticket: Ticket, new: String) -> Result<(), Gone> {
-        let mut text = self.texts.remove(&ticket).unwrap_or_default();
-        text.push_str(&new);
+        let text = match self.texts.remove(&ticket) {
+            None => new,
+            Some(text) => text + &new,
+        };
         match self.reports.try_send(Report::Text(ticket, text)) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(Report::Text(ticket, text))) => {

@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 use tract_onnx::prelude::*;
+#[allow(clippy::wildcard_imports)] // tract's macros expect all of it
 use tract_onnx::tract_core::internal::*;
 
 /// What a step of the engine needs of a model.

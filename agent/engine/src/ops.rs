@@ -10,6 +10,7 @@ use millwright_kernels::packed::dequantise_row;
 use millwright_kernels::{Job, KV_BLOCK, Rows};
 use tract_onnx::pb::NodeProto;
 use tract_onnx::prelude::*;
+#[allow(clippy::wildcard_imports)] // tract's macros expect all of it
 use tract_onnx::tract_core::internal::*;
 use tract_onnx::tract_core::ops::EvalOp;
 use tract_onnx::tract_hir::infer::{InferenceOp, InferenceResult, Solver, TensorProxy};

@@ -9,7 +9,7 @@
 //! aligned  weights and tables, each at a multiple of 64, the first at a multiple of 4096
 //! ```
 
-use crate::bundle::{Bundle, BundleError};
+use crate::bundle::{Bundle, BundleError, hex};
 use crate::map::Mapped;
 use crate::onnx::{Graph, GraphError};
 use crate::recipe::{Order, Recipe, WeightSource};
@@ -28,7 +28,7 @@ const HEADER_BYTES_MAX: usize = 4 << 20;
 const ALIGN: usize = 64;
 const PAGE: usize = 4096;
 /// No packing takes this long.
-const STALE: Duration = Duration::from_secs(3600);
+const STALE: Duration = Duration::from_hours(1);
 
 /// Why weights can't be packed.
 #[derive(Debug, thiserror::Error)]
@@ -210,10 +210,7 @@ impl Header {
     /// Names a packed file after the model, the layout and what is inside.
     fn stem(&self) -> String {
         let inside = serde_json::to_vec(self).unwrap_or_default();
-        let digest: String = Sha256::digest(&inside)[..4]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let digest = hex(&Sha256::digest(&inside)[..4]);
         format!("{}-{}-{digest}", &self.source[..16], self.layout)
     }
 

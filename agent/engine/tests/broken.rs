@@ -9,6 +9,9 @@ use std::fs;
 use std::path::PathBuf;
 use tempfile::TempDir;
 
+/// Something done to a file's bytes.
+type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+
 struct Tiny {
     folder: TempDir,
 }
@@ -183,8 +186,9 @@ fn an_input_that_is_not_known_is_named() {
             .filter(|&i| &bytes[i..i + from.len()] == from)
             .collect();
         assert!(!at.is_empty());
-        at.into_iter()
-            .for_each(|i| bytes[i..i + from.len()].copy_from_slice(to));
+        for i in at {
+            bytes[i..i + from.len()].copy_from_slice(to);
+        }
     });
     tiny.restate();
     says(&tiny.refusal(), &["elephant_ids"]);
@@ -196,7 +200,7 @@ fn a_packed_file_that_was_cut_or_altered_is_packed_anew() {
     drop(tiny.open().unwrap());
     let packed = tiny.packed();
     let whole = fs::read(&packed).unwrap();
-    let cases: [&dyn Fn(&mut Vec<u8>); 4] = [
+    let cases: [Damage; 4] = [
         &|bytes| bytes.truncate(20),
         &|bytes| bytes.truncate(whole.len() - 1),
         &|bytes| bytes[0] ^= 1,
@@ -248,8 +252,7 @@ fn requests_beyond_the_context_or_the_vocabulary_are_refused() {
         engine
             .preparer()
             .prepare(request)
-            .err()
-            .expect("it must be refused")
+            .expect_err("it must be refused")
     };
     let context = engine.card().context_length;
     let long = refuse(Prompt::Text("a".repeat(10 * context)), 1);

@@ -46,7 +46,7 @@ fn logits(engine: &mut Engine) -> Vec<Vec<u32>> {
     let mut rows = Vec::new();
     engine
         .score(&tokens, &mut |_, row| {
-            rows.push(row.iter().map(|v| v.to_bits()).collect())
+            rows.push(row.iter().map(|v| v.to_bits()).collect());
         })
         .unwrap();
     assert_eq!(rows.len(), tokens.len());

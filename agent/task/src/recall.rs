@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn texts_go_before_outcomes() {
         let mut recall = Recall::new(Window {
-            age_max: Duration::from_secs(60),
+            age_max: Duration::from_mins(1),
             tasks_max: 10,
             bytes_max: 100,
         });

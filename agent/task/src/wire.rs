@@ -106,9 +106,9 @@ pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if matches!(c, '\n' | '\t') {
-            out.push(c)
+            out.push(c);
         } else {
-            out.push_str(&escape_char(c))
+            out.push_str(&escape_char(c));
         }
     }
     out

@@ -26,6 +26,7 @@ const CONNECT: Duration = Duration::from_secs(15);
 /// The answer goes to stdout as it comes; status and timing go to stderr. The exit code is 0 for an answer
 /// and 1 for anything else. Ctrl-C cancels the task at the gateway.
 #[derive(clap::Args)]
+#[allow(clippy::struct_excessive_bools)] // they are flags of a command line
 pub struct Args {
     /// The question; `-` reads it from stdin
     text: String,

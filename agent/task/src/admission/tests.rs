@@ -62,7 +62,7 @@ fn task(id: &str) -> Task {
         },
         priority: 5,
         stream: true,
-        deadline: Duration::from_secs(60),
+        deadline: Duration::from_mins(1),
         reply: reply(id),
         digest: [1; 32],
         bytes: 100,
@@ -401,7 +401,7 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
             &mut gate,
             200,
             Task {
-                deadline: Duration::from_secs(300),
+                deadline: Duration::from_mins(5),
                 ..task("too-late")
             },
         )
