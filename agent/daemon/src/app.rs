@@ -106,6 +106,7 @@ where
                 None => break Err(anyhow!("the model's thread died; the log above says of what")),
             },
             Some(machine) = health.recv() => { let load = *load.borrow(); agent.say_health(&machine, load); }
+            _ = &mut poller => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
             () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick()?,
             () = &mut shutdown, if phase == Phase::Serving => {
@@ -137,7 +138,7 @@ where
     };
     let _ = timeout(FAREWELL, goodbye).await;
     link.close();
-    if timeout(FAREWELL, &mut poller).await.is_err() {
+    if !poller.is_finished() && timeout(FAREWELL, &mut poller).await.is_err() {
         poller.abort();
     }
     drop(agent);

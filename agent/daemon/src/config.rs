@@ -75,7 +75,14 @@ impl Config {
     }
 
     pub fn parse(text: &str) -> Result<Self> {
-        let raw: Raw = toml::from_str(text)?;
+        // Without the source: a secret written here by mistake must not reach a log.
+        let raw: Raw = toml::from_str(text).map_err(|e| {
+            let line = e
+                .span()
+                .map_or(0, |span| text[..span.start].matches('\n').count())
+                + 1;
+            anyhow::anyhow!("line {line}: {}", e.message())
+        })?;
         let base = match &raw.gateway.base {
             Some(base) => Base::parse(base),
             None => Base::of_gateway(&raw.gateway.site, &raw.gateway.name),
@@ -90,6 +97,10 @@ impl Config {
         ensure!(
             raw.agent.health_interval_s >= 1,
             "agent.health_interval_s must be at least 1"
+        );
+        ensure!(
+            raw.agent.drain_grace_s <= 3600,
+            "agent.drain_grace_s must be at most 3600"
         );
         if let Some(slots) = raw.model.slots {
             let most = limits::RUNNING_TASKS_MAX;

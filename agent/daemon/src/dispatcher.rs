@@ -19,7 +19,8 @@ use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, SEED_MAX};
 use millwright_task::recall::Window;
 use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
-use std::collections::{BTreeMap, HashMap};
+use rumqttc::v5::mqttbytes::QoS;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -49,6 +50,8 @@ pub struct Dispatcher<P: Prepare> {
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
     seeds: HashMap<Ticket, u64>,
+    /// Running tasks that the worker was told to stop: told once, so that its channel never fills.
+    stopping: HashSet<Ticket>,
     state: (State, String),
     subscribed: bool,
     connections: u64,
@@ -90,6 +93,7 @@ impl<P: Prepare> Dispatcher<P> {
             tally: Tally::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
+            stopping: HashSet::new(),
             state: (State::Online, String::new()),
             subscribed: false,
             connections: 0,
@@ -136,7 +140,7 @@ impl<P: Prepare> Dispatcher<P> {
             }
             Signal::Subscribed { refused } => {
                 self.subscribed = true;
-                if refused {
+                if refused && self.state.0 != State::Draining {
                     tracing::error!(
                         "the broker refuses the subscription: check its access rules for {}",
                         self.decoder.base
@@ -145,6 +149,8 @@ impl<P: Prepare> Dispatcher<P> {
                         State::Degraded,
                         "the broker refuses the subscription to tasks".into(),
                     );
+                } else if self.state.0 == State::Degraded {
+                    self.state = (State::Online, String::new());
                 }
                 self.say_state();
                 self.say_card();
@@ -169,6 +175,10 @@ impl<P: Prepare> Dispatcher<P> {
 
     /// Decides on a message, keeps the decision, and only then acknowledges it.
     pub fn on_message(&mut self, message: Message) -> Result<()> {
+        if message.publish.qos != QoS::AtMostOnce && !self.parts.link.is_on(message.generation) {
+            // Its connection is gone: the broker delivers it again, and it is decided then, once.
+            return Ok(());
+        }
         let now = self.parts.clock.now();
         match intake::read(&self.decoder, now, &message.publish) {
             Wish::Task(task) => self.on_task(task, &message.publish.payload)?,
@@ -245,7 +255,10 @@ impl<P: Prepare> Dispatcher<P> {
 
     fn on_cancel(&mut self, key: &wire::Key, reply: &Reply) -> Result<()> {
         match self.admission.cancel(self.parts.clock.now(), key, reply) {
-            Cancelled::Waiting(post) => self.conclude(None, post)?,
+            Cancelled::Waiting(post) => {
+                self.conclude(None, post)?;
+                self.tally.keep(|ticket| self.admission.holds(ticket));
+            }
             Cancelled::Running(ticket) => self.stop(ticket),
             Cancelled::Nothing(post) => self.send(post),
         }
@@ -315,6 +328,7 @@ impl<P: Prepare> Dispatcher<P> {
     fn finish(&mut self, ticket: Ticket, outcome: Outcome) -> Result<()> {
         self.texts.remove(&ticket);
         self.seeds.remove(&ticket);
+        self.stopping.remove(&ticket);
         match self
             .admission
             .finish(self.parts.clock.now(), ticket, outcome)
@@ -365,14 +379,21 @@ impl<P: Prepare> Dispatcher<P> {
 
     fn settle(&mut self, due: Due) -> Result<()> {
         due.stop.into_iter().for_each(|ticket| self.stop(ticket));
+        if due.posts.is_empty() {
+            return Ok(());
+        }
         due.posts
             .into_iter()
-            .try_for_each(|post| self.conclude(None, post))
+            .try_for_each(|post| self.conclude(None, post))?;
+        self.tally.keep(|ticket| self.admission.holds(ticket));
+        Ok(())
     }
 
-    fn stop(&self, ticket: Ticket) {
-        // Never full (see `worker::spawn`); when the thread is gone, the agent ends anyway.
-        let _ = self.parts.commands.try_send(Command::Stop(ticket));
+    fn stop(&mut self, ticket: Ticket) {
+        if self.stopping.insert(ticket) {
+            // Never full (see `worker::spawn`); when the thread is gone, the agent ends anyway.
+            let _ = self.parts.commands.try_send(Command::Stop(ticket));
+        }
     }
 
     /// Moves on what can move: tasks to the model, events and text to the broker.

@@ -97,6 +97,11 @@ impl Tally {
         self.arrivals.insert(ticket, (now, false));
     }
 
+    /// Forgets tasks that ended while they waited.
+    pub fn keep(&mut self, alive: impl Fn(Ticket) -> bool) {
+        self.arrivals.retain(|&ticket, _| alive(ticket));
+    }
+
     pub fn text(&mut self, now: Duration, ticket: Ticket) {
         if let Some((at, seen @ false)) = self.arrivals.get_mut(&ticket) {
             *seen = true;

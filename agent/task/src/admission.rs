@@ -105,6 +105,10 @@ impl<W> Admission<W> {
     pub fn running(&self) -> usize {
         self.jobs.len() - self.waiting.len()
     }
+    /// Whether this task waits or runs.
+    pub fn holds(&self, ticket: Ticket) -> bool {
+        self.jobs.contains_key(&ticket)
+    }
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
     }

@@ -155,11 +155,16 @@ impl ReplyRules {
         Ok(Self { base, prefixes })
     }
 
-    /// Whether an answer may be published to `topic`.
-    pub fn check(&self, topic: &str) -> Result<(), TopicError> {
+    /// Whether an answer to `sender` may be published to `topic`. The result tree is open to each sender below its
+    /// own level only: nobody speaks in another's place.
+    pub fn check(&self, sender: &str, topic: &str) -> Result<(), TopicError> {
         levels_are_plain(topic)?;
         if self.base.owns(topic) || is_reserved_by_default(topic) {
             return Err(TopicError::Own);
+        }
+        let results = self.base.results();
+        if is_under(topic, &results) && !is_under(topic, &format!("{results}/{sender}")) {
+            return Err(TopicError::Prefix);
         }
         // Strictly below the prefix: the prefix itself is the root of everyone's answers.
         if !self
@@ -234,7 +239,7 @@ mod tests {
     #[test]
     fn replies_stay_under_their_prefix() {
         let rules = ReplyRules::new(base(), &[]).unwrap();
-        let ok = |t: &str| rules.check(t);
+        let ok = |t: &str| rules.check("mes", t);
         assert_eq!(ok("millwright/v1/hamburg/gw-07/result/mes/7"), Ok(()));
         assert_eq!(
             ok("millwright/v1/hamburg/gw-07/result"),
@@ -252,6 +257,10 @@ mod tests {
             ok("millwright/v1/hamburg/gw-07/result/+"),
             Err(TopicError::Character)
         );
+        assert_eq!(
+            ok("millwright/v1/hamburg/gw-07/result/hmi/7"),
+            Err(TopicError::Prefix)
+        );
         assert_eq!(ok("$SYS/broker"), Err(TopicError::Dollar));
         assert_eq!(ok(""), Err(TopicError::Empty));
         assert_eq!(ok("a//b"), Err(TopicError::Empty));
@@ -260,25 +269,25 @@ mod tests {
     #[test]
     fn a_wide_prefix_does_not_open_the_own_topics() {
         let rules = ReplyRules::new(base(), &["millwright".into(), "acme/mes".into()]).unwrap();
-        assert_eq!(rules.check("acme/mes/answers"), Ok(()));
+        assert_eq!(rules.check("mes", "acme/mes/answers"), Ok(()));
         assert_eq!(
-            rules.check("millwright/v1/hamburg/gw-07/state"),
+            rules.check("mes", "millwright/v1/hamburg/gw-07/state"),
             Err(TopicError::Own)
         );
         assert_eq!(
-            rules.check("millwright/v1/hamburg/gw-07/task/mes"),
+            rules.check("mes", "millwright/v1/hamburg/gw-07/task/mes"),
             Err(TopicError::Own)
         );
         assert_eq!(
-            rules.check("millwright/v1/hamburg/gw-07/command/mes"),
+            rules.check("mes", "millwright/v1/hamburg/gw-07/command/mes"),
             Err(TopicError::Own)
         );
         assert_eq!(
-            rules.check("millwright/v1/hamburg/gw-08/cancel/mes"),
+            rules.check("mes", "millwright/v1/hamburg/gw-08/cancel/mes"),
             Err(TopicError::Own)
         );
         assert_eq!(
-            rules.check("millwright/v1/hamburg/pool/line3/task/mes"),
+            rules.check("mes", "millwright/v1/hamburg/pool/line3/task/mes"),
             Err(TopicError::Own)
         );
     }
@@ -296,7 +305,7 @@ mod tests {
         #[test]
         fn an_allowed_reply_is_never_an_inbound_topic(topic in "[a-z/+#$ ]{0,40}") {
             let rules = ReplyRules::new(Base::parse("a").unwrap(), &["a".into()]).unwrap();
-            if rules.check(&topic).is_ok() {
+            if rules.check("mes", &topic).is_ok() {
                 prop_assert!(Base::parse("a").unwrap().inbound(&topic).is_none());
             }
         }

@@ -33,7 +33,16 @@ impl Programs {
             Some(profile) => profile,
         };
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-        let status = Command::new(&cargo)
+        let mut build = Command::new(&cargo);
+        // What `cargo run` says of this crate would make build scripts that look at it run again, here and at the
+        // next build.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+                build.env_remove(&*name);
+            }
+        }
+        let status = build
             .args(["build", "--profile", profile, "--manifest-path"])
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"))
             .args(["-p", "millwright", "-p", "millwright-forge", "--target-dir"])

@@ -127,6 +127,12 @@ impl Link {
         self.lock().online
     }
 
+    /// Whether the connection that brought a message is still the one.
+    pub fn is_on(&self, generation: u64) -> bool {
+        let shared = self.lock();
+        shared.online && shared.generation == generation
+    }
+
     /// Whether what is sent now goes out soon. Deltas wait for that, and grow while they wait.
     pub fn is_fluent(&self) -> bool {
         let shared = self.lock();

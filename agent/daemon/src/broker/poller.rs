@@ -3,12 +3,14 @@
 use super::link::Link;
 use super::{Lost, Message, Settings, Signal};
 use crate::clock::random;
+use millwright_task::limits::{INBOX_MESSAGES_MAX, INFLIGHT_MAX};
 use rumqttc::Outgoing;
+use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, ConnectReturnCode, DisconnectReasonCode, Packet, PubAck, PubAckReason, Publish,
     SubscribeReasonCode,
 };
-use rumqttc::v5::{ConnectionError, Event, EventLoop, StateError};
+use rumqttc::v5::{ConnectionError, Event, EventLoop, MqttState, StateError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -29,6 +31,8 @@ pub struct Poller {
     user: Option<String>,
     backoff: Duration,
     since: Option<Instant>,
+    /// A message of QoS 1 found no room.
+    overflowed: bool,
 }
 
 impl Poller {
@@ -50,13 +54,20 @@ impl Poller {
             user,
             backoff: BACKOFF_FIRST,
             since: None,
+            overflowed: false,
         }
     }
 
     /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
     pub async fn run(mut self) {
         loop {
-            let signal = match self.eventloop.poll().await {
+            let polled = match self.eventloop.poll().await {
+                Ok(_) if self.overflowed => Err(ConnectionError::Io(std::io::Error::other(
+                    "more messages arrive at once than may be held",
+                ))),
+                other => other,
+            };
+            let signal = match polled {
                 Ok(Event::Incoming(packet)) => self.incoming(packet),
                 Ok(Event::Outgoing(sent)) => {
                     self.outgoing(&sent);
@@ -126,17 +137,22 @@ impl Poller {
 
     fn deliver(&mut self, publish: Publish) {
         let generation = self.link.lock().generation;
-        // The receive maximum keeps QoS 1 within the channel; QoS 0 has no bound and may be dropped by right.
-        // What doesn't fit stays unacknowledged.
-        if self
-            .messages
-            .try_send(Message {
-                publish,
-                generation,
-            })
-            .is_err()
+        let unbounded = publish.qos == QoS::AtMostOnce;
+        // QoS 0 has no bound and may be dropped by right; it never takes the room of what the broker waits for.
+        let full = unbounded && self.messages.capacity() <= INBOX_MESSAGES_MAX;
+        if full
+            || self
+                .messages
+                .try_send(Message {
+                    publish,
+                    generation,
+                })
+                .is_err()
         {
             tracing::warn!("a message was dropped: more arrive at once than may be held");
+            // Unacknowledged, it would hold a place of the receive maximum for ever; a new connection brings it
+            // again.
+            self.overflowed |= !unbounded;
         }
     }
 
@@ -161,8 +177,10 @@ impl Poller {
         // Under the lock, so that nothing is handed over between the two.
         self.eventloop.clean();
         self.eventloop.pending.clear();
-        self.eventloop.state.collision = None;
-        self.eventloop.state.events.clear();
+        // Anew: its packet ids may lie beyond what the next connection allows (rumqttc 0.25.1 wraps them only at
+        // the exact maximum), and a collision left over would stop it for good.
+        self.eventloop.state = MqttState::new(INFLIGHT_MAX as u16, true);
+        self.overflowed = false;
         drop(shared);
         if self
             .since

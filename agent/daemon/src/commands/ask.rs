@@ -326,7 +326,7 @@ impl Asking {
             }
             Signal::Subscribed { refused: false } => {
                 // After a reconnect too: events may have been lost, and the same id gets the same answer.
-                self.send()?;
+                self.repeat()?;
                 if self.phase == Phase::Connecting {
                     self.phase = Phase::Sent;
                 }
@@ -349,7 +349,7 @@ impl Asking {
 
     fn on_message(&mut self, publish: &Publish) -> Option<Event> {
         if publish.topic.as_ref() == self.base.state().as_bytes() {
-            self.on_state(&publish.payload);
+            self.on_state(publish);
             return None;
         }
         let event = decode_event(&publish.payload)
@@ -366,15 +366,17 @@ impl Asking {
         event.body.is_final().then_some(event)
     }
 
-    fn on_state(&mut self, payload: &[u8]) {
-        let state: Value = serde_json::from_slice(payload).unwrap_or_default();
+    fn on_state(&mut self, publish: &Publish) {
+        let state: Value = serde_json::from_slice(&publish.payload).unwrap_or_default();
         let word = |key: &str| wire::printable(state[key].as_str().unwrap_or_default());
         match state["state"].as_str() {
+            // Said afresh: it started anew, and may have forgotten what it had accepted.
             Some("online")
-                if std::mem::take(&mut self.offline) && self.phase != Phase::Connecting =>
+                if (std::mem::take(&mut self.offline) || !publish.retain)
+                    && self.phase != Phase::Connecting =>
             {
                 self.screen.status("the gateway is back; sent again");
-                let _ = self.send();
+                let _ = self.repeat();
             }
             Some("online") | None => {}
             Some(other) => {
@@ -418,6 +420,14 @@ impl Asking {
         }
     }
 
+    /// What was wanted last, again.
+    fn repeat(&mut self) -> Result<()> {
+        match self.phase {
+            Phase::Cancelling => self.send_cancel(),
+            _ => self.send(),
+        }
+    }
+
     fn on_interrupt(&mut self) -> Result<()> {
         ensure!(
             !matches!(self.phase, Phase::Cancelling | Phase::Connecting),
@@ -427,6 +437,10 @@ impl Asking {
             .status("cancelling; Ctrl-C again leaves at once");
         self.phase = Phase::Cancelling;
         self.give_up = Instant::now() + PATIENCE;
+        self.send_cancel()
+    }
+
+    fn send_cancel(&mut self) -> Result<()> {
         let payload = json!({"task": self.id}).to_string().into_bytes();
         let message = Outgoing::json(self.base.cancel(&self.sender), payload);
         self.sent += 1;

@@ -282,7 +282,7 @@ impl<'a> Address<'a> {
 
     fn claim_topic(&mut self, topic: Option<&str>, named: &str) -> Result<(), Refusal> {
         let Some(topic) = topic else { return Ok(()) };
-        self.decoder.rules.check(topic).map_err(|e| {
+        self.decoder.rules.check(self.sender, topic).map_err(|e| {
             let reason = format!("{named} can't be used: {e}: {}", echo(topic));
             Refusal::new(Code::ForbiddenReplyTopic, reason)
         })?;

@@ -89,7 +89,8 @@ impl Screen {
     /// Shows the final event; an error for anything but an answer.
     pub(super) fn finish(&mut self, event: Event) -> Result<()> {
         if self.json {
-            let _ = stdout().write_all(&[&Format::Json.encode(&event)[..], b"\n"].concat());
+            let json = String::from_utf8_lossy(&Format::Json.encode(&event)).into_owned();
+            let _ = writeln!(stdout(), "{}", escaped(&json));
         }
         match event.body {
             Body::Done {
@@ -142,4 +143,36 @@ fn sentence(refusal: &Refusal) -> String {
         format!(" (try again in {:.1} s)", ms as f64 / 1000.0)
     });
     format!("{}: {}{retry}", refusal.code.name(), refusal.reason)
+}
+
+/// JSON with everything written as `\uXXXX` that could drive a terminal; the value is the same.
+fn escaped(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if printable(c.encode_utf8(&mut [0; 4])).starts_with(c) {
+            out.push(c);
+        } else {
+            let mut units = [0; 2];
+            out.extend(
+                c.encode_utf16(&mut units)
+                    .iter()
+                    .map(|unit| format!("\\u{unit:04x}")),
+            );
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_for_a_terminal_drives_nothing_and_means_the_same() {
+        let text = "a\u{9b}31m\u{202e}b ü 😀";
+        let json = serde_json::to_string(text).unwrap();
+        let safe = escaped(&json);
+        assert_eq!(safe, r#""a\u009b31m\u202eb ü 😀""#);
+        assert_eq!(serde_json::from_str::<String>(&safe).unwrap(), text);
+    }
 }
