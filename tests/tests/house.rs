@@ -84,7 +84,10 @@ fn policy_has_no_clock_and_no_socket() {
 
 #[test]
 fn every_channel_has_a_bound() {
-    never("agent/daemon/src", &["unbounded_channel", "mpsc::channel()"]);
+    never(
+        "agent/daemon/src",
+        &["unbounded_channel", "mpsc::channel()"],
+    );
 }
 
 #[test]

@@ -306,7 +306,7 @@ impl<P: Prepare> Dispatcher<P> {
         };
         let (prompt, decoded) = (
             completion.prompt_tokens as u64,
-            completion.tokens.len() as u64,
+            completion.tokens.len().saturating_sub(1) as u64,
         );
         self.tally
             .speed((prompt, completion.prefill), (decoded, completion.decode));

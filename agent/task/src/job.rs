@@ -168,7 +168,8 @@ impl Job {
     fn timing(&self, now: Now, product: &Product) -> Timing {
         let seconds = product.decode.as_secs_f64();
         let rate = if seconds > 0.0 {
-            product.usage.generated_tokens as f64 / seconds
+            // The first token is the prefill's.
+            product.usage.generated_tokens.saturating_sub(1) as f64 / seconds
         } else {
             0.0
         };

@@ -15,6 +15,7 @@ const ORDERS: &str = include_str!("../work-orders/orders.jsonl");
 const INSTRUCTION: &str = "You help the maintenance crew of a mine. Say in one or two sentences what the work order asks for.";
 /// An answer of [`TOKENS`] takes under a second here, and some seconds on a small board.
 const TOKENS: u32 = 60;
+const HEALTH_WITHIN: Duration = Duration::from_secs(5);
 const ANSWER_WITHIN: Duration = Duration::from_mins(2);
 /// The broker's thread may need a moment before it listens.
 const CONNECT_ATTEMPTS: u32 = 50;
@@ -129,6 +130,18 @@ impl Operator {
             }
         }
         summary.took = began.elapsed();
+        // How the gateway is after the work: its next sample.
+        let sample = async {
+            loop {
+                let message = self.next().await?;
+                if message.topic == topic("health") {
+                    return json_of(&message);
+                }
+            }
+        };
+        if let Ok(sample) = tokio::time::timeout(HEALTH_WITHIN, sample).await {
+            screen::health(&sample?);
+        }
         Ok(summary)
     }
 

@@ -136,7 +136,7 @@ fn configuration(bundle: &Path, folder: &Path, broker: SocketAddr) -> String {
         "[gateway]\nsite = \"{SITE}\"\nname = \"{GATEWAY}\"\n\n\
          [broker]\nhost = \"{}\"\nport = {}\n\n\
          [model]\nbundle = {}\nstate_dir = {}\n\n\
-         [agent]\nhealth_interval_s = 2\n",
+         [agent]\nhealth_interval_s = 1\n",
         broker.ip(),
         broker.port(),
         quoted(bundle),

@@ -31,7 +31,8 @@ pub(crate) fn fact(name: &str, value: &str) {
 pub(crate) fn summary(summary: &Summary) {
     let seconds = summary.decode_ms as f64 / 1000.0;
     let rate = if seconds > 0.0 {
-        summary.tokens as f64 / seconds
+        // Each answer's first token is its prefill's.
+        summary.tokens.saturating_sub(summary.answered as u64) as f64 / seconds
     } else {
         0.0
     };

@@ -130,7 +130,7 @@ pub struct Timing {
     pub queue_ms: u64,
     pub prefill_ms: u64,
     pub decode_ms: u64,
-    /// Generated tokens per second of decoding; 0 when nothing was decoded.
+    /// Tokens after the first, which is the prefill's, per second of decoding; 0 when there were none.
     pub tokens_per_s: f64,
 }
 
