@@ -116,7 +116,7 @@ fn spawn(folder: &Path) -> Child {
 }
 
 /// A program of this workspace: cargo puts them beside the folder of the test programs.
-fn program(name: &str) -> PathBuf {
+pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("this program's path");
     let path = test.ancestors().nth(2).expect("target/debug").join(name);
     assert!(

@@ -8,7 +8,7 @@ mod agent;
 mod broker;
 mod client;
 
-pub use agent::{Agent, Setup, bundle, real_bundle};
+pub use agent::{Agent, Setup, bundle, program, real_bundle};
 pub use broker::{Broker, Security};
 pub use client::{Client, Message, Outgoing};
 
