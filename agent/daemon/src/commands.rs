@@ -9,6 +9,7 @@ mod model;
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 #[derive(Subcommand)]
@@ -63,6 +64,7 @@ fn log(level: &str) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
 }
