@@ -10,6 +10,10 @@
     clippy::inline_always,
     reason = "see simd.rs: only inlined code gets the target features"
 )]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "loops over a constant number of registers: zipped iterators don't always unroll"
+)]
 #![cfg_attr(
     test,
     allow(clippy::float_cmp, reason = "bits are what the tests are about")

@@ -91,131 +91,153 @@ impl<const FOUR: bool, const AFFINE: bool, const GROUPS: usize, const WIDE: bool
 pub(crate) fn tiles<S: Simd>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let kind = w.kind();
     let wide = kind.scales() == Scales::F32;
+    macro_rules! walk {
+        ($four:literal, $affine:literal, $groups:literal, $wide:literal) => {
+            walk::<S, Known<$four, $affine, $groups, $wide>>(s, w, tiles, a, out)
+        };
+    }
     match (kind.bits(), kind.is_affine(), kind.group(), wide) {
-        (Bits::Eight, false, 32, false) => {
-            walk::<S, Known<false, false, 1, false>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, false, 32, true) => {
-            walk::<S, Known<false, false, 1, true>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, false, _, false) => {
-            walk::<S, Known<false, false, 2, false>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, false, _, true) => {
-            walk::<S, Known<false, false, 2, true>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, true, 32, false) => {
-            walk::<S, Known<false, true, 1, false>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, true, 32, true) => {
-            walk::<S, Known<false, true, 1, true>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, true, _, false) => {
-            walk::<S, Known<false, true, 2, false>>(s, w, tiles, a, out)
-        }
-        (Bits::Eight, true, _, true) => walk::<S, Known<false, true, 2, true>>(s, w, tiles, a, out),
-        (Bits::Four, _, 32, false) => walk::<S, Known<true, true, 1, false>>(s, w, tiles, a, out),
-        (Bits::Four, _, 32, true) => walk::<S, Known<true, true, 1, true>>(s, w, tiles, a, out),
-        (Bits::Four, _, _, false) => walk::<S, Known<true, true, 2, false>>(s, w, tiles, a, out),
-        (Bits::Four, _, _, true) => walk::<S, Known<true, true, 2, true>>(s, w, tiles, a, out),
+        (Bits::Eight, false, 32, false) => walk!(false, false, 1, false),
+        (Bits::Eight, false, 32, true) => walk!(false, false, 1, true),
+        (Bits::Eight, false, _, false) => walk!(false, false, 2, false),
+        (Bits::Eight, false, _, true) => walk!(false, false, 2, true),
+        (Bits::Eight, true, 32, false) => walk!(false, true, 1, false),
+        (Bits::Eight, true, 32, true) => walk!(false, true, 1, true),
+        (Bits::Eight, true, _, false) => walk!(false, true, 2, false),
+        (Bits::Eight, true, _, true) => walk!(false, true, 2, true),
+        (Bits::Four, _, 32, false) => walk!(true, true, 1, false),
+        (Bits::Four, _, 32, true) => walk!(true, true, 1, true),
+        (Bits::Four, _, _, false) => walk!(true, true, 2, false),
+        (Bits::Four, _, _, true) => walk!(true, true, 2, true),
     }
 }
 
-/// Tiles are the outer loop: one stays in the first cache while the tokens pass.
+/// Tiles are the outer loop: they stay in the first cache while the tokens pass.
 #[inline(always)]
 fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
-    for tile in tiles {
-        let blocks = w.tile(tile);
-        for group in 0..a.m().div_ceil(GROUP) {
-            let (view, base) = (a.group(group), group * GROUP);
-            let tokens = GROUP.min(a.m() - base);
-            let mut first = 0;
-            while first < tokens {
-                let at = Place { tile, base, first };
-                first += match tokens - first {
-                    8.. if S::TOKENS >= 8 => step::<S, F, 8>(s, blocks, view, at, out),
-                    4.. => step::<S, F, 4>(s, blocks, view, at, out),
-                    2.. => step::<S, F, 2>(s, blocks, view, at, out),
-                    _ => step::<S, F, 1>(s, blocks, view, at, out),
-                };
-            }
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        if S::PAIRS && a.m() >= 4 && tile + 2 <= tiles.end {
+            tokens::<S, F, 2>(s, w, tile, a, out);
+            tile += 2;
+        } else {
+            tokens::<S, F, 1>(s, w, tile, a, out);
+            tile += 1;
+        }
+    }
+}
+
+/// All tokens for `R` tiles.
+#[inline(always)]
+fn tokens<S: Simd, F: Form, const R: usize>(
+    s: S,
+    w: Packed,
+    tile: usize,
+    a: &Quantised,
+    out: &Output,
+) {
+    let mut weights: [&[u8]; R] = [&[]; R];
+    for index in 0..R {
+        weights[index] = w.tile(tile + index);
+    }
+    for group in 0..a.m().div_ceil(GROUP) {
+        let (view, base) = (a.group(group), group * GROUP);
+        let tokens = GROUP.min(a.m() - base);
+        let mut first = 0;
+        while first < tokens {
+            let at = Place { tile, base, first };
+            first += match tokens - first {
+                8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
+                4.. => step::<S, F, 4, R>(s, weights, view, at, out),
+                2.. => step::<S, F, 2, R>(s, weights, view, at, out),
+                _ => step::<S, F, 1, R>(s, weights, view, at, out),
+            };
         }
     }
 }
 
 #[derive(Copy, Clone)]
 struct Place {
+    /// The first tile.
     tile: usize,
     /// First token of the group, and of this step within the group.
     base: usize,
     first: usize,
 }
 
-/// One tile of sixteen rows times `T` tokens of a group.
+/// `R` tiles of sixteen rows times `T` tokens of a group.
 #[inline(always)]
-fn step<S: Simd, F: Form, const T: usize>(
+fn step<S: Simd, F: Form, const T: usize, const R: usize>(
     s: S,
-    w: &[u8],
+    w: [&[u8]; R],
     a: GroupView,
     at: Place,
     out: &Output,
 ) -> usize {
-    let mut acc = [s.splat(0.0); T];
-    let sums = a.q.iter().zip(a.scale).zip(a.offset).zip(a.sums);
-    for (w, (((q, scale), offset), sums)) in w.chunks_exact(F::BYTES).zip(sums) {
-        let (head, weights) = w.split_at(F::HEAD);
-        let (q, scale) = (tokens::<_, T>(q, at.first), tokens::<_, T>(scale, at.first));
+    let mut acc = [[s.splat(0.0); T]; R];
+    let blocks = a.q.iter().zip(a.scale).zip(a.offset).zip(a.sums);
+    for (index, (((q, scale), offset), sums)) in blocks.enumerate() {
+        let mut block: [&[u8]; R] = [&[]; R];
+        for tile in 0..R {
+            block[tile] = &w[tile][index * F::BYTES..][..F::BYTES];
+        }
+        let (q, scale) = (part::<_, T>(q, at.first), part::<_, T>(scale, at.first));
         for group in 0..F::GROUPS {
-            let w_scale = F::scales(s, &head[group * F::SCALES..]);
             let (offset, sum) = if F::GROUPS == 1 {
                 (offset, &sums.block)
             } else {
                 (&sums.offset[group], &sums.half[group])
             };
             let from = if S::OFFSET && !F::FOUR {
-                *tokens::<_, T>(offset, at.first)
+                *part::<_, T>(offset, at.first)
             } else {
                 [0; T]
             };
-            let dots = dots::<S, F, T>(s, from, weights, q, group);
-            for token in 0..T {
-                let scale = s.mul(w_scale, s.splat(scale[token]));
-                acc[token] = s.fma(dots[token], scale, acc[token]);
-            }
-            if F::AFFINE {
-                let minimum = F::scales(s, &head[(F::GROUPS + group) * F::SCALES..]);
-                let sum = tokens::<_, T>(sum, at.first);
+            let sums = dots::<S, F, T, R>(s, from, block, q, group);
+            for tile in 0..R {
+                let dots = s.finish(sums[tile]);
+                let w_scale = F::scales(s, &block[tile][group * F::SCALES..]);
                 for token in 0..T {
-                    acc[token] = s.fma(minimum, s.splat(sum[token]), acc[token]);
+                    let scale = s.mul(w_scale, s.splat(scale[token]));
+                    acc[tile][token] = s.fma(dots[token], scale, acc[tile][token]);
+                }
+                if F::AFFINE {
+                    let minimum = &block[tile][(F::GROUPS + group) * F::SCALES..];
+                    let (minimum, sum) = (F::scales(s, minimum), part::<_, T>(sum, at.first));
+                    for token in 0..T {
+                        acc[tile][token] = s.fma(minimum, s.splat(sum[token]), acc[tile][token]);
+                    }
                 }
             }
         }
     }
-    for token in 0..T {
-        let mut lanes = [0.0; TILE_ROWS];
-        s.store(acc[token], &mut lanes);
-        out.put(at.base + at.first + token, at.tile, &lanes);
+    for tile in 0..R {
+        for token in 0..T {
+            let mut lanes = [0.0; TILE_ROWS];
+            s.store(acc[tile][token], &mut lanes);
+            out.put(at.base + at.first + token, at.tile + tile, &lanes);
+        }
     }
     T
 }
 
 #[inline(always)]
-fn tokens<X, const T: usize>(group: &[X; GROUP], first: usize) -> &[X; T] {
+fn part<X, const T: usize>(group: &[X; GROUP], first: usize) -> &[X; T] {
     group[first..first + T]
         .try_into()
         .expect("a group has the tokens")
 }
 
-/// The exact dot products of one group of columns, as f32.
+/// The exact dot products of one group of columns.
 #[inline(always)]
-fn dots<S: Simd, F: Form, const T: usize>(
+fn dots<S: Simd, F: Form, const T: usize, const R: usize>(
     s: S,
     from: [i32; T],
-    weights: &[u8],
+    blocks: [&[u8]; R],
     q: &[[i8; BLOCK]; T],
     group: usize,
-) -> [S::F; T] {
-    let mut sums = s.start(from);
+) -> [[S::Sums; T]; R] {
+    let mut sums = [s.start(from); R];
     for half in 0..2 {
         if F::GROUPS == 2 && half != group {
             continue;
@@ -224,20 +246,29 @@ fn dots<S: Simd, F: Form, const T: usize>(
         for token in 0..T {
             a[token] = &q[token].as_chunks().0[half];
         }
-        sums = match (F::FOUR, half) {
-            (true, 0) => s.dot_nibbles::<T, false>(sums, weights_of(weights, 0), a),
-            (true, _) => s.dot_nibbles::<T, true>(sums, weights_of(weights, 0), a),
-            (false, _) => s.dot(sums, weights_of(weights, half), a),
-        };
+        if F::FOUR {
+            for tile in 0..R {
+                let w = weights(&blocks[tile][F::HEAD..]);
+                sums[tile] = if half == 0 {
+                    s.dot_nibbles::<T, false>(sums[tile], w, a)
+                } else {
+                    s.dot_nibbles::<T, true>(sums[tile], w, a)
+                };
+            }
+        } else {
+            let mut w: [&Weights; R] = [&[[0; 64]; 4]; R];
+            for tile in 0..R {
+                w[tile] = weights(&blocks[tile][F::HEAD + 256 * half..]);
+            }
+            sums = s.dots(sums, w, a);
+        }
     }
-    s.finish(sums)
+    sums
 }
 
-/// The 256 bytes number `index` of a block's weights.
+/// The first 256 bytes.
 #[inline(always)]
-fn weights_of(weights: &[u8], index: usize) -> &Weights {
-    let rows = weights.as_chunks::<64>().0;
-    rows[4 * index..]
-        .first_chunk()
-        .expect("a block has weights")
+fn weights(bytes: &[u8]) -> &Weights {
+    let rows = bytes.as_chunks().0;
+    rows.first_chunk().expect("a block has weights")
 }

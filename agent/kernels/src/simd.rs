@@ -17,6 +17,8 @@ pub(crate) trait Simd: Copy {
     type Sums: Copy;
     /// Tokens that the registers hold at once beside a tile; 4 or 8.
     const TOKENS: usize;
+    /// Whether a tile's four tokens leave registers for a second tile, and sharing loads is worth it.
+    const PAIRS: bool = false;
     /// Vectors that the registers hold at once for each of four queries; 1, 2 or 4.
     const VECTORS: usize;
     /// Whether sums of 8-bit weights start at −128 times the activations' sum.
@@ -66,6 +68,19 @@ pub(crate) trait Simd: Copy {
         w: &Weights,
         a: [&Activations; T],
     ) -> [Self::Sums; T];
+    /// `dot` for several tiles at once, which may share the loads of activations.
+    #[inline(always)]
+    fn dots<const T: usize, const R: usize>(
+        self,
+        mut sums: [[Self::Sums; T]; R],
+        w: [&Weights; R],
+        a: [&Activations; T],
+    ) -> [[Self::Sums; T]; R] {
+        for tile in 0..R {
+            sums[tile] = self.dot(sums[tile], w[tile], a);
+        }
+        sums
+    }
     fn finish<const T: usize>(self, sums: [Self::Sums; T]) -> [Self::F; T];
 
     /// The larger of each lane; `b` if either is NaN.

@@ -36,6 +36,7 @@ impl Simd for Avx512 {
     type F = __m512;
     type Sums = __m512i;
     const TOKENS: usize = 8;
+    const PAIRS: bool = true;
     const VECTORS: usize = 4;
     const OFFSET: bool = true;
 
@@ -157,14 +158,31 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot<const T: usize>(
         self,
-        mut sums: [__m512i; T],
+        sums: [__m512i; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [__m512i; T] {
-        for (k4, w) in w.iter().enumerate() {
-            let w = op!(_mm512_loadu_si512(w.as_ptr().cast()));
+        let [sums] = self.dots([sums], [w], a);
+        sums
+    }
+
+    #[inline(always)]
+    fn dots<const T: usize, const R: usize>(
+        self,
+        mut sums: [[__m512i; T]; R],
+        w: [&Weights; R],
+        a: [&Activations; T],
+    ) -> [[__m512i; T]; R] {
+        for k4 in 0..4 {
+            let mut x = [op!(_mm512_setzero_si512()); R];
+            for tile in 0..R {
+                x[tile] = op!(_mm512_loadu_si512(w[tile][k4].as_ptr().cast()));
+            }
             for token in 0..T {
-                sums[token] = op!(_mm512_dpbusd_epi32(sums[token], w, four(a[token], k4)));
+                let a = op!(four(a[token], k4));
+                for tile in 0..R {
+                    sums[tile][token] = op!(_mm512_dpbusd_epi32(sums[tile][token], x[tile], a));
+                }
             }
         }
         sums
