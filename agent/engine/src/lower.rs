@@ -8,7 +8,6 @@ use crate::onnx::{
     Graph, GraphError, float, input_dims, int, ints, new_node, with_float, with_ints,
 };
 use crate::recipe::{Geometry, Order, Recipe, WeightSource};
-use millwright_kernels::HEAD_MAX;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{NodeProto, TensorProto};
 
@@ -18,6 +17,8 @@ pub(crate) const ATTEND: &str = "MillwrightAttend";
 
 /// Elements of K that share a scale.
 const BLOCK: usize = millwright_kernels::packed::BLOCK;
+/// No known model has larger heads.
+const HEAD_MAX: usize = 256;
 
 /// Replaces every recognised linear and embedding. Both plans want this: tract refuses the form.
 pub(crate) fn linears(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), GraphError> {

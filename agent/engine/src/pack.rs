@@ -14,7 +14,7 @@ use crate::map::Mapped;
 use crate::onnx::{Graph, GraphError};
 use crate::recipe::{Order, Recipe, WeightSource};
 use half::f16;
-use millwright_kernels::packed::{BLOCK, Layout, Packed, Shape, TILE_ROWS, pack_tile};
+use millwright_kernels::packed::{BLOCK, Kind, Layout, Packed, Shape, TILE_ROWS, pack_tile};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
@@ -162,8 +162,8 @@ impl Weights {
     pub(crate) fn weight(&self, index: usize) -> Packed<'_> {
         let entry = &self.header.weights[index];
         let shape = Shape::new(entry.rows, entry.cols).expect("planned from a valid shape");
-        let bytes = &self.map.bytes()[entry.offset..entry.offset + shape.bytes()];
-        Packed::new(shape, self.layout, bytes).expect("the length is the shape's")
+        let bytes = &self.map.bytes()[entry.offset..entry.offset + shape.bytes(Kind::I8)];
+        Packed::new(Kind::I8, shape, self.layout, bytes).expect("the length is the shape's")
     }
 
     /// A table of f32 values.
@@ -187,7 +187,7 @@ impl Weights {
             .weights
             .iter()
             .filter_map(|e| Shape::new(e.rows, e.cols));
-        shapes.map(|shape| shape.bytes()).sum()
+        shapes.map(|shape| shape.bytes(Kind::I8)).sum()
     }
 }
 
@@ -237,7 +237,7 @@ impl Header {
                 name: source.values.clone(),
                 reason: format!("[{}, {}] is out of range", source.rows, source.cols),
             })?;
-            sizes.push(shape.bytes());
+            sizes.push(shape.bytes(Kind::I8));
             let name = source.values.clone();
             header.weights.push(Entry {
                 name,
@@ -368,11 +368,13 @@ fn write_weight(
         };
         let valid = TILE_ROWS.min(rows - first);
         pack_tile(
+            Kind::I8,
             layout,
             cols,
             valid,
             weight,
-            |r, b| f16::from_f32(scale(first + r, b)).to_bits(),
+            |r, b| scale(first + r, b),
+            |_, _| 0.0,
             &mut tile,
         );
         out.write_all(&tile).map_err(failed)?;
