@@ -4,9 +4,10 @@
 //! Keys lie transposed, so that lanes are keys and a score needs no sum over lanes; up to four queries share
 //! each vector that is loaded, mostly the query heads of one KV head.
 
-use crate::generic::{exp, max_lane, part};
+use crate::generic::{exp, max_lane};
 use crate::math;
 use crate::simd::{self, Simd};
+use std::ops::Range;
 
 /// Positions in a KV block, and keys in a tile of the softmax.
 pub const KV_BLOCK: usize = 64;
@@ -64,16 +65,6 @@ impl Element for i8 {
     fn load<S: Simd>(s: S, x: &[i8; 16]) -> S::F {
         s.load_i8(x)
     }
-}
-
-#[inline(always)]
-fn load_part<S: Simd, E: Element>(s: S, x: &[E]) -> S::F {
-    if let Ok(x) = x.try_into() {
-        return E::load(s, x);
-    }
-    let mut lanes = [E::ZERO; 16];
-    lanes[..x.len()].copy_from_slice(x);
-    E::load(s, &lanes)
 }
 
 /// A block's numbers, of either kind.
@@ -314,27 +305,31 @@ fn times<S: Simd>(s: S, p: &mut [f32; KV_BLOCK], scales: &[f32; KV_BLOCK]) {
 fn accumulate<S: Simd, E: Element, const Q: usize>(
     s: S,
     p: &[[f32; KV_BLOCK]; Q],
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
     values: &[E],
     decay: [f32; Q],
     out: &mut [&mut [f32]; Q],
 ) {
     let head = out[0].len();
     let mut at = 0;
-    while at < head {
+    while at + 16 <= head {
         at += match S::VECTORS {
             4 if at + 64 <= head => weigh::<S, E, Q, 4>(s, p, &keys, values, decay, out, at),
             2.. if at + 32 <= head => weigh::<S, E, Q, 2>(s, p, &keys, values, decay, out, at),
             _ => weigh::<S, E, Q, 1>(s, p, &keys, values, decay, out, at),
         };
     }
+    if at < head {
+        weigh_rest(s, p, &keys, values, decay, out, at);
+    }
 }
 
+/// `accumulate` for the `16 · V` dimensions from `at` on.
 #[inline(always)]
 fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
     s: S,
     p: &[[f32; KV_BLOCK]; Q],
-    keys: &std::ops::Range<usize>,
+    keys: &Range<usize>,
     values: &[E],
     decay: [f32; Q],
     out: &mut [&mut [f32]; Q],
@@ -343,15 +338,16 @@ fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
     let head = out[0].len();
     let mut sums = [[s.splat(0.0); V]; Q];
     for query in 0..Q {
+        let old = out[query][at..at + 16 * V].as_chunks().0;
         for vector in 0..V {
-            let old = s.load_part(part(out[query], at + 16 * vector));
-            sums[query][vector] = s.mul(old, s.splat(decay[query]));
+            sums[query][vector] = s.mul(s.load(&old[vector]), s.splat(decay[query]));
         }
     }
     let rows = values.chunks_exact(head).enumerate();
     for (key, row) in rows.take(keys.end).skip(keys.start) {
+        let row = row[at..at + 16 * V].as_chunks().0;
         for vector in 0..V {
-            let v = load_part(s, part(row, at + 16 * vector));
+            let v = E::load(s, &row[vector]);
             for query in 0..Q {
                 let weight = s.splat(p[query][key]);
                 sums[query][vector] = s.fma(weight, v, sums[query][vector]);
@@ -359,11 +355,34 @@ fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
         }
     }
     for query in 0..Q {
+        let new = out[query][at..at + 16 * V].as_chunks_mut().0;
         for vector in 0..V {
-            let at = at + 16 * vector;
-            let end = head.min(at + 16);
-            s.store_part(sums[query][vector], &mut out[query][at..end]);
+            s.store(sums[query][vector], &mut new[vector]);
         }
     }
     16 * V
+}
+
+/// `accumulate` for the last, fewer than sixteen, dimensions from `at` on.
+#[inline(always)]
+fn weigh_rest<S: Simd, E: Element, const Q: usize>(
+    s: S,
+    p: &[[f32; KV_BLOCK]; Q],
+    keys: &Range<usize>,
+    values: &[E],
+    decay: [f32; Q],
+    out: &mut [&mut [f32]; Q],
+    at: usize,
+) {
+    let head = out[0].len();
+    for query in 0..Q {
+        let out = &mut out[query][at..];
+        let mut sums = s.mul(s.load_part(out), s.splat(decay[query]));
+        for key in keys.clone() {
+            let mut v = [E::ZERO; 16];
+            v[..head - at].copy_from_slice(&values[key * head + at..(key + 1) * head]);
+            sums = s.fma(s.splat(p[query][key]), E::load(s, &v), sums);
+        }
+        s.store_part(sums, out);
+    }
 }

@@ -48,7 +48,7 @@ fn element<S: Simd>(s: S, row: Row, factor: S::F, at: usize) -> S::F {
 }
 
 #[inline(always)]
-pub(crate) fn part<T>(x: &[T], at: usize) -> &[T] {
+fn part<T>(x: &[T], at: usize) -> &[T] {
     &x[at..x.len().min(at + 16)]
 }
 
