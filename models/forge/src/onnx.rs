@@ -173,7 +173,9 @@ impl Writer {
         let mut bytes = Vec::with_capacity(PIECE.min(values.len()) * size_of::<T>());
         for piece in values.chunks(PIECE) {
             bytes.clear();
-            piece.iter().for_each(|value| value.put(&mut bytes));
+            for value in piece {
+                value.put(&mut bytes);
+            }
             self.put(&bytes)?;
         }
         Ok(())
