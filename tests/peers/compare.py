@@ -6,11 +6,15 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import models
+import others
 import ours
 import peer
 import report
@@ -25,6 +29,8 @@ CONFIGS = [(threads, batch, prompt) for threads in (1, 2) for batch in (1, 4) fo
 QUICK_CONFIGS = [(1, 1, 80), (1, 4, 80), (2, 1, 80)]
 # A worker that waits may wake now and then; more than this of a processor is a measurement spoilt.
 IDLE_SHARE = 0.02
+# Processor time is told in hundredths of a second.
+IDLE_S = 0.02
 
 
 def say(words: str) -> None:
@@ -43,7 +49,7 @@ class Comparison:
         self.engines, self.reference = models.prepare(models.Forge(arguments.forge), arguments.cache)
         self.scores: dict[str, dict] = {}
         self.rows: list[report.Row] = []
-        self.ours: dict[str, dict] = {}
+        self.others: list[float] = []
         self.warnings: list[str] = []
 
     # Fidelity
@@ -76,10 +82,11 @@ class Comparison:
                 self.agree(engine.name)
             else:
                 found = peer.score(engine.kind, engine.file(), cores, windows, self.scratch, False, log)
-                self.scores |= {same.name: found for same in self.engines if same.file() == engine.file() and same.kind == engine.kind}
+                self.scores |= {same.name: found for same in self.engines if same.source() == engine.source()}
 
     def unique_files(self) -> list[Engine]:
-        return list({(engine.kind, engine.file()): engine for engine in reversed(self.engines)}.values())[::-1]
+        """One engine for each way of running a file."""
+        return list({engine.source(): engine for engine in reversed(self.engines)}.values())[::-1]
 
     def agree(self, name: str) -> None:
         """Our command has a reference of its own (tract in f32); it must have seen the same tokens and say the same."""
@@ -109,16 +116,12 @@ class Comparison:
             for turn in range(self.rounds):
                 shift = turn % len(self.engines)
                 for engine in self.engines[shift:] + self.engines[:shift]:
-                    busy = {name: worker.cpu_s() for name, worker in workers.items() if name != engine.name}
-                    began = datetime.datetime.now()
-                    if engine.kind == "millwright":
-                        sample = ours.bench(self.program, engine.path, cpus(threads), batch, prompt, DECODE)
-                        self.ours[engine.name] = sample
-                    else:
-                        sample = workers[engine.name].run() | loaded[engine.name]
+                    with self.watched(engine, workers):
+                        if engine.kind == "millwright":
+                            sample = ours.bench(self.program, engine.path, cpus(threads), batch, prompt, DECODE)
+                        else:
+                            sample = workers[engine.name].run() | loaded[engine.name]
                     samples[engine.name].append(sample)
-                    took = (datetime.datetime.now() - began).total_seconds()
-                    self.check_idle(engine, workers, busy, took)
                 say(f"{targets.at(config)}: round {turn + 1} of {self.rounds}: " + self.outline(samples))
         finally:
             for worker in workers.values():
@@ -126,12 +129,19 @@ class Comparison:
         for engine in self.engines:
             self.rows.append(report.row(engine.name, config, samples[engine.name], self.about(engine)))
 
-    def check_idle(self, running: Engine, workers: dict[str, peer.Peer], before: dict[str, float], took: float) -> None:
+    @contextmanager
+    def watched(self, running: Engine, workers: dict[str, peer.Peer]):
+        """Sees to it that workers which wait are idle, and how busy all the others of this machine are."""
+        mine = lambda: others.ended_children_cpu_s() + sum(worker.cpu_s() for worker in workers.values())
+        before = {name: worker.cpu_s() for name, worker in workers.items() if name != running.name}
+        used, machine, began = mine(), others.machine_cpu_s(), time.monotonic()
+        yield
+        took = time.monotonic() - began
+        self.others.append(max(others.machine_cpu_s() - machine - (mine() - used), 0.0) / took)
         for name, cpu_s in before.items():
-            used = workers[name].cpu_s() - cpu_s
-            # Times are told in hundredths of a second.
-            if used > max(IDLE_SHARE * took, 0.02):
-                self.warnings.append(f"{name} used {used:.2f} s of processor in {took:.2f} s while {running.name} was measured")
+            spent = workers[name].cpu_s() - cpu_s
+            if spent > max(IDLE_SHARE * took, IDLE_S):
+                self.warnings.append(f"{name} used {spent:.2f} s in {took:.2f} s while {running.name} was measured")
 
     def outline(self, samples: dict[str, list[dict]]) -> str:
         """The latest decode rates, in the order of the table."""
@@ -151,12 +161,8 @@ class Comparison:
     # Results
 
     def checks(self) -> list[targets.Check]:
-        any_ours = next(iter(self.ours.values()))
-        packed = {name: bench["bytes_per_token"] for name, bench in self.ours.items()}
-        kv = kv_bytes_per_token(self.reference)
-        memory = targets.memory(self.rows, packed, kv, any_ours["tokenizer_bytes"], DECODE)
-        together = targets.together(self.rows)
-        return targets.speed(self.rows) + together + memory + targets.fidelity(self.scores)
+        memory = targets.memory(self.rows, kv_bytes_per_token(self.reference), DECODE)
+        return targets.speed(self.rows) + targets.together(self.rows) + memory + targets.fidelity(self.scores)
 
     def result(self) -> dict:
         digests = {name: hashlib.sha256((models.HERE.parent.parent / name).read_bytes()).hexdigest() for name in TEXTS}
@@ -166,14 +172,21 @@ class Comparison:
             "machine": machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": models.versions(),
-            "read_bandwidth_gb_s": {name: bench["read_bandwidth_gb_s"] for name, bench in self.ours.items()},
-            "bytes_per_token": {name: bench["bytes_per_token"] for name, bench in self.ours.items()},
+            "llama_cpp_built_for": llama_cpp_features(),
+            "read_bandwidth_gb_s": targets.bandwidths(self.rows),
+            "others_cpus": {"median": statistics.median(self.others), "worst": max(self.others)},
             "rounds": self.rounds,
             "decode_tokens": DECODE,
             "texts": digests,
             "fidelity": self.scores,
             "warnings": self.warnings,
         }
+
+
+def llama_cpp_features() -> str:
+    from engine_llama import features
+
+    return features()
 
 
 def kv_bytes_per_token(bundle: Path) -> int:
@@ -188,8 +201,7 @@ def kv_bytes_per_token(bundle: Path) -> int:
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    load = os.getloadavg()[0]
-    return {"cpu": name, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release(), "load_average": load}
+    return {"cpu": name, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release()}
 
 
 def parse() -> argparse.Namespace:
@@ -205,6 +217,9 @@ def parse() -> argparse.Namespace:
     arguments.windows = 4 if arguments.quick else 12
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    for program in [arguments.millwright, arguments.forge]:
+        if not program.is_file():
+            parser.error(f"there is no {program}")
     return arguments
 
 
@@ -214,9 +229,6 @@ def main() -> None:
     available = len(os.sched_getaffinity(0))
     for config in [config for config in wanted if config[0] > available]:
         say(f"left out: {targets.at(config)}, for there are {available} CPUs")
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(f"the machine is busy (load {load:.1f}): expect noise, and trust the ratios more than the rates")
     with tempfile.TemporaryDirectory(dir=arguments.cache, prefix="run-") as scratch:
         comparison = Comparison(arguments, Path(scratch))
         comparison.score_all()
@@ -227,8 +239,11 @@ def main() -> None:
     print(f"\n{report.table(comparison.rows)}\n\n{targets.table(comparison.checks())}\n")
     for warning in comparison.warnings:
         print(f"not idle: {warning}")
-    gb_s = ", ".join(f"{value:.1f}" for value in result["read_bandwidth_gb_s"].values())
-    print(f"{result['machine']['cpu']}, {available} CPUs; reads {gb_s} GB/s; figures in {arguments.json}")
+    reads = ", ".join(f"{gb_s:.1f} GB/s with {threads}" for threads, gb_s in result["read_bandwidth_gb_s"].items())
+    print(f"{result['machine']['cpu']}, {available} CPUs; threads read {reads}")
+    busy = result["others_cpus"]
+    print(f"other programs used {busy['median']:.2f} CPUs at the median, {busy['worst']:.2f} at worst, while engines were measured")
+    print(f"figures: {arguments.json}")
 
 
 if __name__ == "__main__":

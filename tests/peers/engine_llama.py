@@ -20,6 +20,11 @@ def initialise() -> None:
     llama_cpp.llama_backend_init()
 
 
+def features() -> str:
+    """The instruction sets that it was built for: the proof of a native build."""
+    return llama_cpp.llama_print_system_info().decode().strip()
+
+
 class LlamaCpp:
     def __init__(self, model: Path, threads: int, batch: int, positions: int):
         initialise()

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import re
 import shutil
 import subprocess
@@ -28,6 +29,10 @@ class Engine:
         """Weights and graph on disk, as they are distributed."""
         files = self.path.glob("model.onnx*") if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
+
+    def source(self) -> tuple[str, Path]:
+        """What decides the logits."""
+        return self.kind, self.file()
 
     def file(self) -> Path:
         return self.path / "model.onnx" if self.kind == "onnx" and self.path.is_dir() else self.path
@@ -93,6 +98,8 @@ def derive_into(folder: Path, gguf_file: Path, f32_bundle: Path) -> None:
     import gguf_forms
     import onnx_forms
 
+    # ONNX Runtime's quantisers log advice for other kinds of models.
+    logging.disable(logging.WARNING)
     f32 = folder / "f32"
     say = lambda form: print(f"deriving {form}", flush=True)
     say("f32 GGUF")

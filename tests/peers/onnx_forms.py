@@ -7,7 +7,6 @@ graph drawn here; `rows` selects the positions that get logits, so that one grap
 all and those who want the last.
 """
 
-import logging
 from pathlib import Path
 
 import numpy
@@ -49,7 +48,7 @@ class Graph:
         self.tensors.append(numpy_helper.from_array(numpy.ascontiguousarray(value), name))
         return name
 
-    def node(self, op: str, name: str, inputs: list[str], extra: list[str] = [], domain: str = "", **attributes) -> str:
+    def node(self, op: str, name: str, inputs: list[str], extra: tuple[str, ...] = (), domain: str = "", **attributes) -> str:
         out = f"{name}.out"
         self.nodes.append(helper.make_node(op, inputs, [out, *extra], name=name, domain=domain, **attributes))
         return out
@@ -66,7 +65,7 @@ class Graph:
         total = f"{name}.sum"
         inputs, epsilon = [residual, branch, gamma], self.source.epsilon
         op = "SkipSimplifiedLayerNormalization"
-        return self.node(op, name, inputs, ["", "", total], domain=MICROSOFT, epsilon=epsilon), total
+        return self.node(op, name, inputs, ("", "", total), domain=MICROSOFT, epsilon=epsilon), total
 
     def attention(self, layer: int, x: str) -> str:
         at, source = f"layers.{layer}", self.source
@@ -77,7 +76,7 @@ class Graph:
             "GroupQueryAttention",
             f"{at}.attention",
             inputs,
-            [name.replace("past_key_values", "present") for name in past],
+            tuple(name.replace("past_key_values", "present") for name in past),
             domain=MICROSOFT,
             num_heads=source.heads,
             kv_num_heads=source.kv_heads,
@@ -151,7 +150,6 @@ def write_nbits8(f32: Path, out: Path) -> None:
     """MatMulNBits: 8 bits, symmetric, blocks of 32, int8 activations (accuracy level 4)."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    logging.disable(logging.INFO)
     quantizer = MatMulNBitsQuantizer(onnx.load(f32), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     onnx.save(quantizer.model.model, out)

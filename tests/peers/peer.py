@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import others
 from models import HERE, Engine, Unusable
 
 
@@ -39,8 +40,7 @@ class Peer:
 
     def cpu_s(self) -> float:
         """The processor time that it has used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return others.process_cpu_s(self.process.pid)
 
     def stop(self) -> None:
         self.process.kill()

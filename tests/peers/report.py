@@ -3,7 +3,9 @@
 from statistics import median
 
 OURS, OURS_4BIT = "millwright int8", "millwright q4"
-MEASURED = ["prefill_tokens_per_s", "decode_tokens_per_s", "load_ms", "resident_bytes", "bandwidth_share"]
+MEASURED = ["prefill_tokens_per_s", "decode_tokens_per_s", "load_ms", "resident_bytes"]
+# Ours alone: what `millwright bench` says beside.
+OURS_MEASURED = ["read_bandwidth_gb_s", "bytes_per_token", "tokenizer_bytes"]
 
 Row = dict
 
@@ -12,7 +14,7 @@ def row(engine: str, config: tuple[int, int, int], samples: list[dict], about: d
     """One engine in one configuration (threads, batch, prompt): medians over rounds, and the rounds themselves."""
     threads, batch, prompt = config
     made = {"engine": engine, "threads": threads, "batch": batch, "prompt_tokens": prompt} | about
-    for key in MEASURED:
+    for key in MEASURED + (OURS_MEASURED if engine.startswith("millwright") else []):
         values = [sample[key] for sample in samples if sample.get(key) is not None]
         made[key] = median(values) if values else None
     made["samples"] = [{key: sample[key] for key in MEASURED[:2]} for sample in samples]
@@ -61,28 +63,20 @@ COLUMNS = [
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """Columns padded: the first to the right of its text, the others to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    first = lambda cell, width: cell.ljust(width)
-    return "\n".join(
-        "  ".join([first(line[0], widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
-        for line in lines
-    )
+    """The first column begins at the left, the others end at the right."""
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    padded = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def table(rows: list[Row]) -> str:
-    """The rows by configuration, each configuration apart."""
+    """All rows in the order given, each configuration apart."""
     lines = [[title for title, _ in COLUMNS]]
-    parts = []
-    for r in rows:
-        config = (r["threads"], r["batch"], r["prompt_tokens"])
-        parts.append(config)
-        ours = beside(rows, r)
-        lines.append([cell(r, ours) for _, cell in COLUMNS])
+    lines += [[cell(r, beside(rows, r)) for _, cell in COLUMNS] for r in rows]
     head, *body = aligned(lines).splitlines()
-    made = [head]
-    for index, line in enumerate(body):
-        if index == 0 or parts[index] != parts[index - 1]:
-            made.append("")
-        made.append(line)
+    made, before = [head], None
+    for r, line in zip(rows, body):
+        config = (r["threads"], r["batch"], r["prompt_tokens"])
+        made += [line] if config == before else ["", line]
+        before = config
     return "\n".join(made)
