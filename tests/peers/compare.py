@@ -103,7 +103,8 @@ def tell(found: dict, checks: list[targets.Check]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tests/peers/run", description=__doc__)
+    usage = "tests/peers/run [--quick] --json FILE [--rounds N] [--millwright PROGRAM] [--forge PROGRAM]"
+    parser = argparse.ArgumentParser(prog="tests/peers/run", usage=usage)
     parser.add_argument("--quick", action="store_true", help="three configurations, three rounds, fewer windows of text")
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the figures go")
     parser.add_argument("--rounds", type=int, help="of which the median counts [default: 5; quick: 3]")
