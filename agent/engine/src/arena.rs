@@ -53,6 +53,11 @@ impl Arena {
         self.free.append(&mut self.slots[slot]);
     }
 
+    /// Bytes of keys and values, in all layers, that one position takes.
+    pub(crate) fn bytes_per_position(&self) -> usize {
+        Self::block_len(self.geometry) / BLOCK_TOKENS * size_of::<u16>()
+    }
+
     pub(crate) fn tokens_max(&self) -> usize {
         self.blocks * BLOCK_TOKENS
     }

@@ -26,7 +26,7 @@ impl Tiny {
     fn open(&self, change: impl FnOnce(&mut Options)) -> Engine {
         let state_dir = self.0.path().join("state");
         let mut options = Options {
-            threads: 1,
+            threads: Some(1),
             state_dir,
             slots: 4,
             kv_tokens: 1024,
@@ -59,7 +59,8 @@ fn logits_do_not_depend_on_threads_or_chunks() {
     let expected = logits(&mut tiny.open(|_| {}));
     for threads in [1, 2, 3] {
         for prefill_chunk in [1, 2, 7, 64] {
-            let mut engine = tiny.open(|o| (o.threads, o.prefill_chunk) = (threads, prefill_chunk));
+            let mut engine =
+                tiny.open(|o| (o.threads, o.prefill_chunk) = (Some(threads), prefill_chunk));
             assert!(
                 engine.card().exact && engine.card().plan == "flat",
                 "{:?}",
@@ -141,7 +142,7 @@ fn an_answer_does_not_depend_on_its_company() {
         .collect();
     for prefill_chunk in [5, 128] {
         let together = run(
-            &mut tiny.open(|o| (o.prefill_chunk, o.threads) = (prefill_chunk, 2)),
+            &mut tiny.open(|o| (o.prefill_chunk, o.threads) = (prefill_chunk, Some(2))),
             &requests,
         );
         for (one, other) in alone.iter().zip(&together) {

@@ -57,7 +57,7 @@ impl ModelArgs {
             None => packed_folder()?,
         };
         Ok(Options {
-            threads: threads.unwrap_or(default.threads),
+            threads,
             state_dir,
             slots,
             kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
