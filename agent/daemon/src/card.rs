@@ -18,6 +18,11 @@ pub struct Model {
     /// Whether it has a chat template.
     pub chat: bool,
     pub kernel: String,
+    /// Threads for a step that only decodes, and for one with prompt tokens in it.
+    pub decode_threads: usize,
+    pub prefill_threads: usize,
+    /// What this machine reads from memory, measured at the first start; null in a model that reads none.
+    pub read_bytes_per_s: Option<u64>,
     pub plan: String,
     pub notes: Vec<String>,
 }

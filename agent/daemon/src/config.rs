@@ -4,6 +4,7 @@
 use crate::broker::{Credentials, Settings, tls};
 use crate::clock::Trust;
 use anyhow::{Context, Result, bail, ensure};
+use millwright_engine::KvPrecision;
 use millwright_task::limits;
 use millwright_task::topic::{Base, ReplyRules};
 use serde::Deserialize;
@@ -47,6 +48,7 @@ pub struct Model {
     pub kernel: Option<String>,
     pub slots: Option<usize>,
     pub kv_tokens: Option<usize>,
+    pub kv_cache: Option<KvPrecision>,
     pub prefill_chunk: Option<usize>,
 }
 
@@ -375,6 +377,7 @@ mod tests {
             "kernel",
             "slots",
             "kv_tokens",
+            "kv_cache",
             "prefill_chunk",
             "queue_max",
             "payload_bytes_max",

@@ -1,5 +1,6 @@
 //! What is counted since start, for the health sample. Only numbers: no ids, no text.
 
+use millwright_engine::Reads;
 use millwright_task::job::Ticket;
 use millwright_task::wire::Code;
 use serde::Serialize;
@@ -67,6 +68,8 @@ pub struct Tally {
     prompt: Rate,
     decode: Rate,
     arrivals: HashMap<Ticket, (Duration, bool)>,
+    /// As the last sample had it.
+    reads: Reads,
     pub reconnects: u64,
 }
 
@@ -121,6 +124,16 @@ impl Tally {
         self.decode.add(decode.0, decode.1);
     }
 
+    /// The share of the memory's bandwidth, in bytes a second, that decoding used since the last sample while it
+    /// decoded; `None` when it didn't, or where the bandwidth is unknown.
+    pub fn share(&mut self, reads: Reads, bandwidth: Option<u64>) -> Option<f64> {
+        let last = std::mem::replace(&mut self.reads, reads);
+        let time = reads.time.saturating_sub(last.time).as_secs_f64();
+        let bandwidth = bandwidth.filter(|&bytes| bytes > 0 && time > 0.0)?;
+        let rate = reads.bytes.saturating_sub(last.bytes) as f64 / time;
+        Some((rate / bandwidth as f64 * 1000.0).round() / 1000.0)
+    }
+
     pub fn counts(&mut self) -> Counts {
         Counts {
             tasks: self.finals.clone(),
@@ -137,6 +150,23 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_share_is_that_of_the_time_since_the_last_sample() {
+        let reads = |bytes, ms| Reads {
+            bytes,
+            time: Duration::from_millis(ms),
+            tokens: 0,
+        };
+        let mut tally = Tally::default();
+        assert_eq!(tally.share(reads(0, 0), Some(1000)), None);
+        assert_eq!(tally.share(reads(400, 1000), Some(1000)), Some(0.4));
+        assert_eq!(tally.share(reads(400, 1000), Some(1000)), None);
+        assert_eq!(tally.share(reads(1300, 2000), Some(1000)), Some(0.9));
+        assert_eq!(tally.share(reads(2300, 3000), None), None);
+        assert_eq!(tally.share(reads(2400, 3200), Some(1000)), Some(0.5));
+        assert_eq!(tally.share(reads(9999, 9999), Some(0)), None);
+    }
 
     #[test]
     fn a_duration_counts_once_in_the_bucket_that_holds_it() {

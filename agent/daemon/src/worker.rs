@@ -2,7 +2,7 @@
 //! deadline takes effect within one step. Never touches the broker, and decides nothing about tasks.
 
 use anyhow::Context;
-use millwright_engine::{Completion, Event, Request, RequestError};
+use millwright_engine::{Completion, Event, Reads, Request, RequestError};
 use millwright_task::job::Ticket;
 use millwright_task::limits::{RUNNING_TASKS_MAX, WORKER_EVENTS_MAX};
 use std::collections::{HashMap, VecDeque};
@@ -39,11 +39,12 @@ pub trait Brain: Send + 'static {
     fn load(&self) -> Load;
 }
 
-/// The KV arena's use, in tokens.
+/// The KV arena's use, in tokens, and what decoding has read since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Load {
     pub kv_tokens_used: usize,
     pub kv_tokens_max: usize,
+    pub reads: Reads,
 }
 
 /// What the worker is told.

@@ -3,17 +3,33 @@
 
 use crate::recipe::Geometry;
 use millwright_kernels::{KV_BLOCK, Kernel, KvBlock};
+use serde::{Deserialize, Serialize};
+use std::str::FromStr;
 
 /// Positions in a block. Attention's tiles are these blocks, so results don't depend on where blocks lie.
 pub(crate) const BLOCK_TOKENS: usize = KV_BLOCK;
 
 /// How keys and values are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum KvPrecision {
     #[default]
+    #[serde(rename = "f16")]
     F16,
     /// Bytes with a scale per key and value: half the memory and traffic, at a loss of fidelity.
+    #[serde(rename = "int8")]
     I8,
+}
+
+impl FromStr for KvPrecision {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "f16" => Ok(Self::F16),
+            "int8" => Ok(Self::I8),
+            _ => Err("it is f16 or int8"),
+        }
+    }
 }
 
 /// `[block][layer][kv_head]`, each with keys `[head_dim][64]` and then values `[64][head_dim]`.
@@ -98,7 +114,7 @@ impl Arena {
     }
 
     /// Bytes that one position takes in the cache: read once per later token.
-    pub(crate) fn bytes_per_token(&self) -> usize {
+    pub(crate) fn bytes_per_position(&self) -> usize {
         let Geometry {
             layers,
             kv_heads,
@@ -230,7 +246,7 @@ mod tests {
         };
         let (key, value) = ([1.0, 2.0, 3.0, -4.0], [0.5, 0.25, 0.0, -8.0]);
         let mut arena = Arena::new(geometry, KvPrecision::I8, 1, 64);
-        assert_eq!(arena.bytes_per_token(), 2 * 2 * (4 + 4));
+        assert_eq!(arena.bytes_per_position(), 2 * 2 * (4 + 4));
         assert!(arena.reserve(0, 64));
         arena.store(Kernel::best(), 0, 5, 0, 1, &key, &value);
         let KvBlock::I8 {

@@ -1,11 +1,12 @@
 //! The forward pass, behind one trait: the flat plan (any slots in one batch, our attention) and the plain plan
 //! (one sequence, tract's attention). Knows nothing of requests or text.
 
-use crate::arena::{Arena, KvPrecision};
+use crate::arena::Arena;
+use crate::cores::Stay;
+use crate::observer::{Observer, Part};
 use crate::onnx::{Graph, GraphError, input_dims};
 use crate::ops::reader;
 use crate::pack::Weights;
-use crate::recipe::Recipe;
 use crate::turn::{Batch, Scratch, Turn};
 use millwright_kernels::{Kernel, Pool};
 use std::cell::RefCell;
@@ -17,8 +18,11 @@ use tract_onnx::tract_core::internal::*;
 
 /// What a step of the engine needs of a model.
 pub(crate) trait Forward: Send {
-    /// Runs one batch and appends the sampled rows' logits, `[sample, vocab]`.
-    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> TractResult<()>;
+    /// Runs one batch with this many threads at most and appends the sampled rows' logits, `[sample, vocab]`.
+    fn forward(&mut self, batch: &Batch, threads: usize, logits: &mut Vec<f32>) -> TractResult<()>;
+
+    /// Has the parts of each pass told to this one from now on.
+    fn observe(&mut self, observer: Box<dyn Observer>);
 
     /// The width of a row of logits.
     fn vocab(&self) -> usize;
@@ -34,6 +38,9 @@ pub(crate) trait Forward: Send {
 
     /// Positions reserved and positions there are.
     fn kv_tokens(&self) -> (usize, usize);
+
+    /// Cache bytes that a token reads for each position before it.
+    fn kv_bytes_per_position(&self) -> usize;
 }
 
 /// What both plans are made from.
@@ -43,6 +50,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) weights: Arc<Weights>,
     pub(crate) kernel: Kernel,
     pub(crate) pool: Pool,
+    /// The cores that the thread which steps keeps to meanwhile.
+    pub(crate) kept_to: Option<Vec<usize>>,
 }
 
 type State = TypedSimpleState;
@@ -81,6 +90,9 @@ impl Parts<'_> {
             arena: RefCell::new(arena),
             batch: RefCell::default(),
             scratch: RefCell::new(Scratch::default()),
+            buffers: RefCell::default(),
+            kept_to: self.kept_to,
+            observer: RefCell::default(),
         });
         Ok((state, vocab))
     }
@@ -103,9 +115,17 @@ fn turn(state: &State) -> &Turn {
         .expect("installed when the plan was made")
 }
 
+fn observe(state: &State, observer: Box<dyn Observer>) {
+    *turn(state).observer.borrow_mut() = Some(observer);
+}
+
 /// Runs a plan; after an error nothing of that turn is left.
 fn run(state: &mut State, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
-    state.run(inputs).inspect_err(|_| {
+    let _stay = Stay::on(turn(state).kept_to.as_deref());
+    turn(state).begin(Part::Forward);
+    let outputs = state.run(inputs);
+    turn(state).end(Part::Forward);
+    outputs.inspect_err(|_| {
         state.turn_state.values.clear();
         state.turn_state.resolved_symbols = SymbolValues::default();
         state.turn_state.scenario = None;
@@ -141,16 +161,7 @@ pub(crate) struct Flat {
 }
 
 impl Flat {
-    pub(crate) fn new(
-        parts: Parts,
-        recipe: &Recipe,
-        slots: usize,
-        kv_tokens: usize,
-    ) -> TractResult<Self> {
-        let geometry = recipe
-            .geometry
-            .context("not every attention block was recognised")?;
-        let arena = Arena::new(geometry, KvPrecision::F16, slots, kv_tokens);
+    pub(crate) fn new(parts: Parts, arena: Arena) -> TractResult<Self> {
         let (state, vocab) = parts.into_state(Some(arena), |name, _, symbols| match name {
             "input_ids" => Ok(i64::fact([1.to_dim(), symbols.sym("tokens").to_dim()]).into()),
             other => Err(GraphError::Input(other.into())),
@@ -168,8 +179,12 @@ impl Flat {
 }
 
 impl Forward for Flat {
-    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> TractResult<()> {
-        turn(&self.state).batch.borrow_mut().clone_from(batch);
+    fn observe(&mut self, observer: Box<dyn Observer>) {
+        observe(&self.state, observer);
+    }
+
+    fn forward(&mut self, batch: &Batch, threads: usize, logits: &mut Vec<f32>) -> TractResult<()> {
+        turn(&self.state).install(batch, threads);
         let ids: Vec<i64> = batch.rows.iter().map(|row| i64::from(row.token)).collect();
         let outputs = run(
             &mut self.state,
@@ -196,6 +211,10 @@ impl Forward for Flat {
 
     fn kv_tokens(&self) -> (usize, usize) {
         self.arena(|arena| (arena.tokens_used(), arena.tokens_max()))
+    }
+
+    fn kv_bytes_per_position(&self) -> usize {
+        self.arena(|arena| arena.bytes_per_position())
     }
 }
 
@@ -276,8 +295,12 @@ impl Plain {
 }
 
 impl Forward for Plain {
-    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> TractResult<()> {
-        turn(&self.state).batch.borrow_mut().clone_from(batch);
+    fn observe(&mut self, observer: Box<dyn Observer>) {
+        observe(&self.state, observer);
+    }
+
+    fn forward(&mut self, batch: &Batch, threads: usize, logits: &mut Vec<f32>) -> TractResult<()> {
+        turn(&self.state).install(batch, threads);
         let rows = &batch.rows;
         let first = rows.first().context("an empty batch")?.position;
         let past = self
@@ -329,5 +352,9 @@ impl Forward for Plain {
 
     fn kv_tokens(&self) -> (usize, usize) {
         (self.reserved, self.tokens_max)
+    }
+
+    fn kv_bytes_per_position(&self) -> usize {
+        0
     }
 }

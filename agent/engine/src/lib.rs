@@ -8,30 +8,37 @@
 
 mod arena;
 pub mod bandwidth;
+mod buffers;
 pub mod bundle;
+mod cores;
 mod forward;
 mod fuse;
 mod lower;
 mod map;
 mod nbits;
+mod observer;
 mod onnx;
 mod open;
 mod ops;
 mod pack;
 mod recipe;
+mod request;
 pub mod sampler;
+mod share;
 mod source;
 mod step;
 pub mod text;
+mod tuning;
 mod turn;
 
+pub use arena::KvPrecision;
+pub use observer::{Observer, Part};
 pub use onnx::GraphError;
 pub use open::{Card, OpenError, Options, PlanChoice};
 pub use pack::PackError;
-pub use step::{
-    Completion, Engine, Event, Finish, Prepared, Preparer, Prompt, Request, RequestError, Slot,
-    StepError, Usage,
-};
+pub use request::{Prepared, Preparer, Prompt, Request, RequestError};
+pub use step::{Completion, Engine, Event, Finish, Reads, Slot, StepError, Usage};
+pub use tuning::Threads;
 
 /// The kernels that run on this CPU, by name; each gives the same logits.
 pub fn kernels() -> Vec<&'static str> {

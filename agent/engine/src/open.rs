@@ -1,7 +1,9 @@
 //! From a folder to a model that can run: bundle, graph, rewriting, packing, plan. What goes wrong here is said
 //! once, at start, in a sentence.
 
+use crate::arena::{Arena, KvPrecision};
 use crate::bundle::{Bundle, BundleError, GRAPH};
+use crate::cores::{Cores, keep_to};
 use crate::forward::{Flat, Forward, Parts, Plain};
 use crate::fuse::{fuse, position_wise};
 use crate::lower;
@@ -9,6 +11,7 @@ use crate::onnx::{Graph, GraphError};
 use crate::pack::{PackError, Weights};
 use crate::recipe::Recipe;
 use crate::text::{Text, TextError};
+use crate::tuning::{self, Key, Threads};
 use millwright_kernels::{Kernel, KernelError, Pool};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,8 +20,9 @@ use tract_onnx::prelude::TractError;
 /// How a model is to be run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Threads for arithmetic, the caller's included.
-    pub threads: usize,
+    /// Threads for arithmetic, the caller's included; never more than the process has cores. `None`: as many as suit
+    /// the model here, measured at the first start (seconds) and remembered in `state_dir`.
+    pub threads: Option<usize>,
     /// A kernel by name; the best of this CPU otherwise (or `MILLWRIGHT_KERNEL`).
     pub kernel: Option<String>,
     /// Where packed weights are kept.
@@ -27,6 +31,8 @@ pub struct Options {
     pub slots: usize,
     /// Positions in the KV arena, shared by all slots.
     pub kv_tokens: usize,
+    /// How the arena keeps them; the plain plan has f32 and none of this.
+    pub kv_precision: KvPrecision,
     /// Prompt tokens in one step at most.
     pub prefill_chunk: usize,
     pub plan: PlanChoice,
@@ -44,11 +50,12 @@ pub enum PlanChoice {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: None,
             kernel: None,
             state_dir: std::env::temp_dir().join("millwright"),
             slots: 4,
             kv_tokens: 8192,
+            kv_precision: KvPrecision::default(),
             prefill_chunk: 128,
             plan: PlanChoice::Auto,
         }
@@ -94,7 +101,7 @@ pub struct Card {
     /// `flat` or `plain`.
     pub plan: &'static str,
     pub kernel: String,
-    pub threads: usize,
+    pub threads: Threads,
     /// What was left to tract, and why.
     pub notes: Vec<String>,
     /// Whether it takes `chat` requests.
@@ -115,7 +122,7 @@ pub(crate) struct Model {
 impl Options {
     fn check(&self) -> Result<(), OpenError> {
         let bounds = [
-            ("threads", self.threads, 256, "1 to 256"),
+            ("threads", self.threads.unwrap_or(1), 256, "1 to 256"),
             ("slots", self.slots, 64, "1 to 64"),
             ("kv_tokens", self.kv_tokens, 1 << 20, "1 to 1048576"),
             ("prefill_chunk", self.prefill_chunk, 4096, "1 to 4096"),
@@ -177,13 +184,20 @@ impl Model {
         )?;
         let weights = Arc::new(weights);
         let (packed_bytes, bytes_per_token) = (weights.bytes(), weights.bytes_per_token());
-        let pool = Pool::new(options.threads);
+        let cores = Cores::here();
+        let threads = match options.threads {
+            None => cores.threads_fast(),
+            Some(threads) => threads.min(cores.threads_max()),
+        };
+        let kept_to = cores.kept_to(threads).map(<[usize]>::to_vec);
+        let pool = pool(threads, kept_to.clone());
         let parts = Parts {
             graph,
             folder,
             weights,
             kernel,
             pool,
+            kept_to,
         };
         let plan = |e: TractError| OpenError::Plan {
             folder: folder.into(),
@@ -197,24 +211,50 @@ impl Model {
             .context_length
             .min(options.kv_tokens)
             .min(positions);
-        let is_flat = flat.is_ok();
-        let forward: Box<dyn Forward> = if is_flat {
-            Box::new(Flat::new(parts, &recipe, options.slots, options.kv_tokens).map_err(plan)?)
+        let mut notes = recipe.notes;
+        let geometry = recipe.geometry.filter(|_| flat.is_ok());
+        let is_flat = geometry.is_some();
+        let mut forward: Box<dyn Forward> = if let Some(geometry) = geometry {
+            let precision = options.kv_precision;
+            if precision == KvPrecision::I8 {
+                notes.push("keys and values are kept in 8 bits".into());
+            }
+            let arena = Arena::new(geometry, precision, options.slots, options.kv_tokens);
+            Box::new(Flat::new(parts, arena).map_err(plan)?)
         } else {
             Box::new(Plain::new(parts, context_length).map_err(plan)?)
+        };
+        let name = if is_flat { "flat" } else { "plain" };
+        let digest = bundle.digest();
+        let threads = match options.threads {
+            Some(_) => Threads {
+                decode: threads,
+                prefill: threads,
+            },
+            None => {
+                let key = Key {
+                    engine: env!("CARGO_PKG_VERSION").into(),
+                    model: digest.clone(),
+                    kernel: kernel.name().into(),
+                    plan: name.into(),
+                    cores: cores.name(),
+                    prefill_chunk: options.prefill_chunk,
+                };
+                tuning::threads(key, &cores, &options.state_dir, &mut *forward).map_err(plan)?
+            }
         };
         let card = Card {
             name: bundle.manifest.name.clone(),
             version: bundle.manifest.version.clone(),
             architecture: bundle.manifest.architecture.clone(),
             precision: bundle.manifest.precision.clone(),
-            digest: bundle.digest(),
+            digest,
             context_length,
             exact: fused && kernel.is_exact(),
-            plan: if is_flat { "flat" } else { "plain" },
+            plan: name,
             kernel: kernel.name().into(),
-            threads: options.threads,
-            notes: recipe.notes,
+            threads,
+            notes,
             chat: text.has_template(),
         };
         let slots = if is_flat { options.slots } else { 1 };
@@ -229,6 +269,13 @@ impl Model {
             bytes_per_token,
         })
     }
+}
+
+/// Threads that keep to these cores, where cores differ.
+fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
+    Pool::started(threads, move |_| {
+        kept_to.iter().for_each(|cores| keep_to(cores));
+    })
 }
 
 /// Takes the graph to its flat form, or leaves it as it was and says why not.

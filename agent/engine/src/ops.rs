@@ -3,6 +3,7 @@
 
 use crate::fuse::PROJECT;
 use crate::lower::{ATTEND, EMBED};
+use crate::observer::Part;
 use crate::onnx::{float, ints};
 use crate::turn::{Scratch, Turn};
 use millwright_kernels::packed::dequantise_row;
@@ -129,6 +130,7 @@ impl EvalOp for Embed {
 
     fn eval(&self, ctx: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
         let turn = turn(ctx)?;
+        let _part = turn.part(Part::Embedding);
         let ids = inputs[0].try_as_plain_ram()?.as_slice::<i64>()?;
         let table = turn.weights.weight(self.weight);
         let rows = table.shape().rows();
@@ -136,15 +138,16 @@ impl EvalOp for Embed {
             ids.iter().all(|&id| (0..rows as i64).contains(&id)),
             "a token beyond the table's {rows}"
         );
-        let mut out = blank(ids.len(), self.width)?;
-        let mut view = out.try_as_plain_ram_mut()?;
+        let buffers = &mut *turn.buffers.borrow_mut();
+        let mut out = buffers.take(ids.len(), self.width)?;
+        let mut view = writable(&mut out)?;
         for (id, row) in ids
             .iter()
             .zip(view.as_slice_mut()?.chunks_exact_mut(self.width))
         {
             dequantise_row(table, *id as usize, row);
         }
-        Ok(tvec![out.into_tvalue()])
+        Ok(tvec![buffers.lend(out)])
     }
 }
 
@@ -213,6 +216,7 @@ impl EvalOp for Project {
 
     fn eval(&self, ctx: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
         let turn = turn(ctx)?;
+        let _part = turn.part(if self.head { Part::Head } else { Part::Linears });
         let Scratch {
             sampled, quantised, ..
         } = &mut *turn.scratch.borrow_mut();
@@ -246,13 +250,11 @@ impl EvalOp for Project {
         turn.kernel
             .quantise_rows(rows, width, quantised, &turn.pool);
         let count = x.len() / width;
-        let mut outputs = self
-            .widths
-            .iter()
-            .map(|&w| blank(count, w))
-            .collect::<TractResult<TVec<_>>>()?;
+        let buffers = &mut *turn.buffers.borrow_mut();
+        let outputs = self.widths.iter().map(|&w| buffers.take(count, w));
+        let mut outputs = outputs.collect::<TractResult<TVec<_>>>()?;
         {
-            let views = outputs.iter_mut().map(Tensor::try_as_plain_ram_mut);
+            let views = outputs.iter_mut().map(writable);
             let mut views = views.collect::<TractResult<TVec<_>>>()?;
             let mut jobs = TVec::<Job>::new();
             for (view, &weight) in views.iter_mut().zip(&self.weights) {
@@ -275,7 +277,7 @@ impl EvalOp for Project {
                     .for_each(|(out, x)| *out += x);
             }
         }
-        Ok(outputs.into_iter().map(Tensor::into_tvalue).collect())
+        Ok(outputs.into_iter().map(|out| buffers.lend(out)).collect())
     }
 }
 
@@ -342,6 +344,7 @@ impl EvalOp for Attend {
 
     fn eval(&self, ctx: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
         let turn = turn(ctx)?;
+        let _part = turn.part(Part::Attention);
         let batch = turn.batch.borrow();
         let rows = batch.rows.as_slice();
         let mut arena = turn.arena.borrow_mut();
@@ -397,16 +400,17 @@ impl EvalOp for Attend {
             scale: self.scale,
         };
         let (arena, layer) = (&*arena, self.layer);
-        let mut out = blank(rows.len(), width)?;
+        let buffers = &mut *turn.buffers.borrow_mut();
+        let mut out = buffers.take(rows.len(), width)?;
         turn.kernel.attend(
             heads,
             &scratch.tokens,
             &scratch.q,
             &|slot, block, head| arena.block(slot, block, layer, head),
-            out.try_as_plain_ram_mut()?.as_slice_mut::<f32>()?,
+            writable(&mut out)?.as_slice_mut::<f32>()?,
             &turn.pool,
         );
-        Ok(tvec![out.into_tvalue()])
+        Ok(tvec![buffers.lend(out)])
     }
 }
 
@@ -428,7 +432,8 @@ fn index(node: &NodeProto, name: &str, at: usize) -> Option<usize> {
     ints(node, name).get(at).map(|&v| v as usize)
 }
 
-/// A tensor `[1, rows, width]` whose every value its maker writes.
-fn blank(rows: usize, width: usize) -> TractResult<Tensor> {
-    Tensor::zero::<f32>(&[1, rows, width])
+/// A buffer that is still its taker's alone, to write in.
+fn writable(buffer: &mut Arc<Tensor>) -> TractResult<PlainViewMut<'_>> {
+    let tensor = Arc::get_mut(buffer).context("a buffer is in use elsewhere")?;
+    tensor.try_as_plain_ram_mut()
 }

@@ -2,9 +2,13 @@
 //! batch; knows neither what a token costs nor who asked.
 
 use crate::forward::Forward;
+use crate::observer::Observer;
 use crate::open::{Card, Model, OpenError, Options};
-use crate::sampler::{Sampler, Sampling};
-use crate::text::{Message, Text, TextError, TextStream};
+use crate::request::{Prepared, Preparer};
+use crate::sampler::Sampler;
+use crate::share::share;
+use crate::text::{Text, TextStream};
+use crate::tuning::Threads;
 use crate::turn::{Batch, Row};
 use std::path::Path;
 use std::sync::Arc;
@@ -12,141 +16,6 @@ use std::time::{Duration, Instant};
 
 /// Rows whose logits are held at once while scoring a text.
 const SCORE_CHUNK: usize = 64;
-
-/// What to answer.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Prompt {
-    /// A text as it stands.
-    Text(String),
-    /// Messages, through the model's template.
-    Chat(Vec<Message>),
-    /// Token ids, for measuring.
-    Tokens(Vec<u32>),
-}
-
-/// One request, not yet checked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    pub prompt: Prompt,
-    pub max_tokens: usize,
-    pub sampling: Sampling,
-    /// Texts that end the answer; they are not part of it.
-    pub stop: Vec<String>,
-}
-
-/// Why a request can't be answered, whatever the load.
-#[derive(Debug, thiserror::Error)]
-pub enum RequestError {
-    #[error("prompt and answer need {needed} tokens, the model has {available}")]
-    ContextOverflow { needed: usize, available: usize },
-    #[error("{field}: {reason}")]
-    Invalid { field: &'static str, reason: String },
-    #[error("this model has no chat template; send a prompt instead of messages")]
-    NoTemplate,
-    #[error("the chat template refused the messages: {0}")]
-    Template(String),
-}
-
-/// A request that was tokenised and fits the model's context.
-#[derive(Debug)]
-pub struct Prepared {
-    tokens: Vec<u32>,
-    max_tokens: usize,
-    sampling: Sampling,
-    stop: Vec<String>,
-    ignore_eos: bool,
-}
-
-impl Prepared {
-    /// The same, but an end token does not end the answer: for measuring.
-    #[must_use]
-    pub fn ignoring_eos(mut self) -> Self {
-        self.ignore_eos = true;
-        self
-    }
-
-    pub fn prompt_tokens(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// Positions that prompt and answer may take together.
-    pub fn tokens_max(&self) -> usize {
-        self.tokens.len() + self.max_tokens
-    }
-}
-
-/// Turns requests into [`Prepared`] ones, on any thread, while the engine runs on its own.
-#[derive(Clone)]
-pub struct Preparer {
-    text: Arc<Text>,
-    context_length: usize,
-    vocab: usize,
-}
-
-impl Preparer {
-    pub fn prepare(&self, request: Request) -> Result<Prepared, RequestError> {
-        let Request {
-            prompt,
-            max_tokens,
-            sampling,
-            stop,
-        } = request;
-        let invalid = |field, reason: String| RequestError::Invalid { field, reason };
-        sampling
-            .check()
-            .map_err(|(field, reason)| invalid(field, reason))?;
-        if max_tokens == 0 {
-            return Err(invalid("max_tokens", "must be at least 1".into()));
-        }
-        if stop.iter().any(String::is_empty) {
-            return Err(invalid(
-                "stop",
-                "an empty text would end every answer".into(),
-            ));
-        }
-        let tokens = match &prompt {
-            Prompt::Text(text) => self
-                .text
-                .encode(text)
-                .map_err(|e| invalid("prompt", e.to_string()))?,
-            Prompt::Tokens(tokens) => tokens.clone(),
-            Prompt::Chat(_) if !self.text.has_template() => return Err(RequestError::NoTemplate),
-            Prompt::Chat(messages) => {
-                let rendered = self
-                    .text
-                    .render(messages)
-                    .and_then(|text| self.text.encode(&text));
-                rendered.map_err(|e| match e {
-                    TextError::Template(why) => RequestError::Template(why),
-                    other => invalid("messages", other.to_string()),
-                })?
-            }
-        };
-        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab) {
-            return Err(invalid(
-                "prompt",
-                format!("token {id} is beyond the model's {}", self.vocab),
-            ));
-        }
-        if tokens.is_empty() {
-            return Err(invalid("prompt", "holds no token".into()));
-        }
-        let needed = tokens.len().saturating_add(max_tokens);
-        if needed > self.context_length {
-            return Err(RequestError::ContextOverflow {
-                needed,
-                available: self.context_length,
-            });
-        }
-        Ok(Prepared {
-            tokens,
-            max_tokens,
-            sampling,
-            stop,
-            ignore_eos: false,
-        })
-    }
-}
 
 /// An answer in progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -213,6 +82,19 @@ pub struct Usage {
     pub tokenizer_bytes: usize,
     /// Weight bytes that one decoded token reads.
     pub bytes_per_token: usize,
+    /// Cache bytes that it reads for each position before it; 0 in the plain plan, where they are tract's.
+    pub kv_bytes_per_position: usize,
+}
+
+/// What the steps that only decoded have read since the model was opened, and how long they took: what of the
+/// memory's bandwidth was used. Steps with prompt tokens are bound by arithmetic and don't count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// Weights once a step, keys and values for each answer.
+    pub bytes: u64,
+    pub time: Duration,
+    /// Tokens made meanwhile.
+    pub tokens: u64,
 }
 
 /// A model with its cache and its answers in progress. One thread owns it.
@@ -223,8 +105,12 @@ pub struct Engine {
     vocab: usize,
     slots: Vec<Option<Sequence>>,
     prefill_chunk: usize,
+    threads: Threads,
     packed_bytes: usize,
     bytes_per_token: usize,
+    /// Steps done.
+    steps: u64,
+    reads: Reads,
     batch: Batch,
     logits: Vec<f32>,
 }
@@ -237,6 +123,8 @@ struct Sequence {
     tokens_max: usize,
     /// How many of `tokens` are in the cache.
     cached: usize,
+    /// The last step in which tokens of its prompt rode.
+    served: u64,
     ignore_eos: bool,
     sampler: Sampler,
     stream: TextStream,
@@ -245,19 +133,34 @@ struct Sequence {
     last_token: Option<Instant>,
 }
 
+impl Sequence {
+    /// Tokens that are not in the cache yet.
+    fn due(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+
+    /// Whether its whole prompt is in the cache, so that it makes a token each step.
+    fn decodes(&self) -> bool {
+        self.cached >= self.prompt_tokens
+    }
+}
+
 impl Engine {
     /// Opens a bundle; packs its weights first where that was not done yet.
     pub fn open(bundle: &Path, options: &Options) -> Result<Self, OpenError> {
         let model = Model::open(bundle, options)?;
         Ok(Self {
-            card: model.card,
             text: model.text,
             forward: model.forward,
             vocab: model.vocab,
             slots: (0..model.slots).map(|_| None).collect(),
             prefill_chunk: options.prefill_chunk,
+            threads: model.card.threads,
+            card: model.card,
             packed_bytes: model.packed_bytes,
             bytes_per_token: model.bytes_per_token,
+            steps: 0,
+            reads: Reads::default(),
             batch: Batch::default(),
             logits: Vec::new(),
         })
@@ -272,11 +175,7 @@ impl Engine {
     }
 
     pub fn preparer(&self) -> Preparer {
-        Preparer {
-            text: Arc::clone(&self.text),
-            context_length: self.card.context_length,
-            vocab: self.vocab,
-        }
+        Preparer::new(Arc::clone(&self.text), self.card.context_length, self.vocab)
     }
 
     pub fn usage(&self) -> Usage {
@@ -289,7 +188,13 @@ impl Engine {
             packed_bytes: self.packed_bytes,
             tokenizer_bytes: self.text.bytes(),
             bytes_per_token: self.bytes_per_token,
+            kv_bytes_per_position: self.forward.kv_bytes_per_position(),
         }
+    }
+
+    /// What decoding has read of memory until now.
+    pub fn reads(&self) -> Reads {
+        self.reads
     }
 
     /// Answers in progress that have their first token.
@@ -333,6 +238,7 @@ impl Engine {
             tokens: prepared.tokens,
             tokens_max,
             cached: 0,
+            served: 0,
             ignore_eos: prepared.ignore_eos,
             sampler: Sampler::new(prepared.sampling),
             stream: TextStream::new(Arc::clone(&self.text), prepared.stop),
@@ -351,17 +257,27 @@ impl Engine {
         self.finish(slot.0 as usize, Finish::Cancelled)
     }
 
-    /// Runs one batch: a token for each answer in progress and up to `prefill_chunk` tokens of prompts, so that
-    /// a long prompt does not hold the others up. After an error the answers in progress can only be cancelled.
+    /// Has the parts of each step told to this one from now on: for measuring.
+    pub fn observe(&mut self, observer: Box<dyn Observer>) {
+        self.forward.observe(observer);
+    }
+
+    /// Runs one batch: a token for each answer in progress and up to `prefill_chunk` tokens of prompts, which share
+    /// them, so that a long prompt holds neither the answers up nor the other prompts. After an error the answers in progress can only be cancelled.
     pub fn step(&mut self) -> Result<Vec<(Slot, Event)>, StepError> {
+        let start = Instant::now();
         let mut events = Vec::new();
-        self.gather(&mut events);
+        let prompts = self.gather(&mut events);
         if self.batch.rows.is_empty() {
             return Ok(events);
         }
         self.logits.clear();
+        let threads = match prompts {
+            0 => self.threads.decode,
+            _ => self.threads.prefill,
+        };
         self.forward
-            .forward(&self.batch, &mut self.logits)
+            .forward(&self.batch, threads, &mut self.logits)
             .map_err(|e| StepError::Forward(format!("{e:#}")))?;
         let batch = std::mem::take(&mut self.batch);
         for row in &batch.rows {
@@ -374,6 +290,9 @@ impl Engine {
             self.advance(batch.rows[row].slot, logits, &mut events);
         }
         (self.batch, self.logits) = (batch, logits);
+        if prompts == 0 {
+            self.note(start);
+        }
         Ok(events)
     }
 
@@ -421,7 +340,7 @@ impl Engine {
             };
             self.logits.clear();
             self.forward
-                .forward(&batch, &mut self.logits)
+                .forward(&batch, self.threads.prefill, &mut self.logits)
                 .map_err(|e| StepError::Forward(format!("{e:#}")))?;
             for (i, logits) in self.logits.chunks_exact(self.vocab).enumerate() {
                 on_row(first + i, logits);
@@ -430,38 +349,70 @@ impl Engine {
         Ok(())
     }
 
-    /// Fills the batch: answers first, then prompts in slot order.
-    fn gather(&mut self, events: &mut Vec<(Slot, Event)>) {
+    /// Fills the batch: answers first, then prompts; how many tokens of prompts.
+    fn gather(&mut self, events: &mut Vec<(Slot, Event)>) -> usize {
         self.batch.rows.clear();
         self.batch.sample.clear();
-        let mut room = self.prefill_chunk;
-        let decoding = |s: &Sequence| s.cached >= s.prompt_tokens;
-        for pass_decodes in [true, false] {
-            for (slot, sequence) in self.slots.iter_mut().enumerate() {
-                let Some(sequence) = sequence.as_mut().filter(|s| decoding(s) == pass_decodes)
-                else {
-                    continue;
-                };
-                let due = sequence.tokens.len() - sequence.cached;
-                let count = if pass_decodes { due } else { due.min(room) };
-                if !pass_decodes {
-                    room -= count;
-                }
-                if count > 0 && sequence.started.is_none() {
+        self.steps += 1;
+        for slot in 0..self.slots.len() {
+            if let Some(sequence) = &self.slots[slot]
+                && sequence.decodes()
+            {
+                self.add(slot, 1);
+            }
+        }
+        let answers = self.batch.rows.len();
+        for (slot, tokens) in self.prompts() {
+            if let Some(sequence) = &mut self.slots[slot] {
+                sequence.served = self.steps;
+                if sequence.started.is_none() {
                     sequence.started = Some(Instant::now());
                     events.push((Slot(slot as u32), Event::Started));
                 }
-                for position in sequence.cached..sequence.cached + count {
-                    self.batch.rows.push(Row {
-                        token: sequence.tokens[position],
-                        slot,
-                        position,
-                    });
-                }
-                if count == due {
-                    self.batch.sample.push(self.batch.rows.len() - 1);
-                }
             }
+            self.add(slot, tokens);
+        }
+        self.batch.rows.len() - answers
+    }
+
+    /// Adds a step that only decoded to what was read.
+    fn note(&mut self, start: Instant) {
+        let rows = &self.batch.rows;
+        let positions: usize = rows.iter().map(|row| row.position + 1).sum();
+        let kv = positions * self.forward.kv_bytes_per_position();
+        self.reads.bytes += (self.bytes_per_token + kv) as u64;
+        self.reads.time += start.elapsed();
+        self.reads.tokens += rows.len() as u64;
+    }
+
+    /// The prompts that get tokens into this step, and how many: who waited longest is first.
+    fn prompts(&self) -> Vec<(usize, usize)> {
+        let slots = self.slots.iter().enumerate();
+        let mut prompts: Vec<(u64, usize, usize)> = slots
+            .filter_map(|(slot, sequence)| Some((slot, sequence.as_ref()?)))
+            .filter(|(_, sequence)| !sequence.decodes())
+            .map(|(slot, sequence)| (sequence.served, slot, sequence.due()))
+            .collect();
+        prompts.sort_unstable();
+        let due: Vec<usize> = prompts.iter().map(|(.., due)| *due).collect();
+        let shares = share(self.prefill_chunk, &due);
+        let slots = prompts.into_iter().map(|(_, slot, _)| slot);
+        slots.zip(shares).filter(|(_, share)| *share > 0).collect()
+    }
+
+    /// Puts a slot's next tokens into the batch; the last that is due is sampled.
+    fn add(&mut self, slot: usize, tokens: usize) {
+        let Some(sequence) = &self.slots[slot] else {
+            return;
+        };
+        let rows = (sequence.cached..sequence.cached + tokens).map(|position| Row {
+            token: sequence.tokens[position],
+            slot,
+            position,
+        });
+        self.batch.rows.extend(rows);
+        if tokens == sequence.due() {
+            self.batch.sample.push(self.batch.rows.len() - 1);
         }
     }
 
@@ -522,3 +473,6 @@ impl Engine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

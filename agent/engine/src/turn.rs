@@ -2,6 +2,8 @@
 //! step. Handed to them through tract's `TurnShared`.
 
 use crate::arena::Arena;
+use crate::buffers::Buffers;
+use crate::observer::{Observer, Part};
 use crate::pack::Weights;
 use millwright_kernels::{Kernel, Pool, Quantised, Token};
 use std::cell::RefCell;
@@ -34,6 +36,53 @@ pub(crate) struct Turn {
     pub(crate) arena: RefCell<Option<Arena>>,
     pub(crate) batch: RefCell<Batch>,
     pub(crate) scratch: RefCell<Scratch>,
+    pub(crate) buffers: RefCell<Buffers>,
+    /// The cores that the thread which steps keeps to meanwhile.
+    pub(crate) kept_to: Option<Vec<usize>>,
+    pub(crate) observer: RefCell<Option<Box<dyn Observer>>>,
+}
+
+impl Turn {
+    /// Makes a batch this turn's, with its threads.
+    pub(crate) fn install(&self, batch: &Batch, threads: usize) {
+        let mine = &mut *self.batch.borrow_mut();
+        // Field by field: a derived `clone_from` would allocate.
+        mine.rows.clone_from(&batch.rows);
+        mine.sample.clone_from(&batch.sample);
+        self.pool.limit(threads);
+    }
+
+    /// Tells the observer, if there is one, that a part begins.
+    pub(crate) fn begin(&self, part: Part) {
+        if let Some(observer) = &mut *self.observer.borrow_mut() {
+            observer.begin(part);
+        }
+    }
+
+    /// Tells the observer that a part ends.
+    pub(crate) fn end(&self, part: Part) {
+        if let Some(observer) = &mut *self.observer.borrow_mut() {
+            observer.end(part);
+        }
+    }
+
+    /// Begins a part that ends when this is dropped.
+    pub(crate) fn part(&self, part: Part) -> Watched<'_> {
+        self.begin(part);
+        Watched { turn: self, part }
+    }
+}
+
+/// A part in progress.
+pub(crate) struct Watched<'a> {
+    turn: &'a Turn,
+    part: Part,
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.turn.end(self.part);
+    }
 }
 
 /// Buffers that grow to the largest batch seen and stay.

@@ -29,7 +29,7 @@ impl Tiny {
 
     fn open(&self) -> Result<Engine, OpenError> {
         let options = Options {
-            threads: 1,
+            threads: Some(1),
             state_dir: self.path("state"),
             ..Options::default()
         };
@@ -219,7 +219,7 @@ fn a_packed_file_that_was_cut_or_altered_is_packed_anew() {
 fn options_out_of_range_are_named() {
     let tiny = Tiny::new();
     let options = Options {
-        threads: 0,
+        threads: Some(0),
         ..Options::default()
     };
     let error = Engine::open(tiny.folder.path(), &options)

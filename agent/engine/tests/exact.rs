@@ -2,7 +2,9 @@
 //! kernel.
 
 use millwright_engine::sampler::Sampling;
-use millwright_engine::{Completion, Engine, Event, Options, PlanChoice, Prompt, Request, kernels};
+use millwright_engine::{
+    Completion, Engine, Event, KvPrecision, Options, PlanChoice, Prompt, Request, kernels,
+};
 use millwright_forge::Precision;
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,7 +28,7 @@ impl Tiny {
     fn open(&self, change: impl FnOnce(&mut Options)) -> Engine {
         let state_dir = self.0.path().join("state");
         let mut options = Options {
-            threads: 1,
+            threads: Some(1),
             state_dir,
             slots: 4,
             kv_tokens: 1024,
@@ -59,7 +61,8 @@ fn logits_do_not_depend_on_threads_or_chunks() {
     let expected = logits(&mut tiny.open(|_| {}));
     for threads in [1, 2, 3] {
         for prefill_chunk in [1, 2, 7, 64] {
-            let mut engine = tiny.open(|o| (o.threads, o.prefill_chunk) = (threads, prefill_chunk));
+            let mut engine =
+                tiny.open(|o| (o.threads, o.prefill_chunk) = (Some(threads), prefill_chunk));
             assert!(
                 engine.card().exact && engine.card().plan == "flat",
                 "{:?}",
@@ -85,6 +88,31 @@ fn logits_do_not_depend_on_the_kernel() {
     }
     let expected = &all["scalar"];
     assert!(all.values().all(|rows| rows == expected));
+}
+
+/// The 8-bit cache is another arithmetic, but as much one as the other; and near it.
+#[test]
+fn an_8_bit_cache_is_exact_and_near() {
+    let tiny = Tiny::new();
+    let mut wide = tiny.open(|_| {});
+    let wide_bytes = wide.usage().kv_bytes_per_position;
+    let wide = logits(&mut wide);
+    let narrow = |threads, prefill_chunk| {
+        let mut engine = tiny.open(|o| {
+            o.kv_precision = KvPrecision::I8;
+            (o.threads, o.prefill_chunk) = (Some(threads), prefill_chunk);
+        });
+        assert_eq!(engine.card().notes, ["keys and values are kept in 8 bits"]);
+        assert!(engine.usage().kv_bytes_per_position < wide_bytes);
+        logits(&mut engine)
+    };
+    let expected = narrow(1, 64);
+    assert!(expected == narrow(3, 7));
+    let mut farthest = 0.0f32;
+    for (wide, narrow) in wide.concat().into_iter().zip(expected.concat()) {
+        farthest = farthest.max((f32::from_bits(wide) - f32::from_bits(narrow)).abs());
+    }
+    assert!(farthest > 0.0 && farthest < 0.05, "{farthest}");
 }
 
 fn request(index: usize) -> Request {
@@ -141,7 +169,7 @@ fn an_answer_does_not_depend_on_its_company() {
         .collect();
     for prefill_chunk in [5, 128] {
         let together = run(
-            &mut tiny.open(|o| (o.prefill_chunk, o.threads) = (prefill_chunk, 2)),
+            &mut tiny.open(|o| (o.prefill_chunk, o.threads) = (prefill_chunk, Some(2))),
             &requests,
         );
         for (one, other) in alone.iter().zip(&together) {

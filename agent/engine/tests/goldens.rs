@@ -31,7 +31,7 @@ fn open(folder: &Path, kernel: &str, plan: PlanChoice) -> Engine {
     let state_dir = folder.join("state");
     let kernel = Some(kernel.to_owned());
     let options = Options {
-        threads: 2,
+        threads: Some(2),
         kernel,
         state_dir,
         plan,
@@ -204,7 +204,7 @@ fn smollm2_with_f32_activations() {
     );
     let state = TempDir::new().unwrap();
     let options = Options {
-        threads: 2,
+        threads: Some(2),
         kernel: Some("reference".into()),
         state_dir: state.path().into(),
         ..Options::default()

@@ -26,7 +26,7 @@ fn bundle(precision: Precision) -> TempDir {
 
 fn open(folder: &Path, kernel: &str, plan: PlanChoice) -> Result<Engine, OpenError> {
     let options = Options {
-        threads: 2,
+        threads: Some(2),
         kernel: Some(kernel.to_owned()),
         state_dir: folder.join("state"),
         plan,

@@ -46,7 +46,7 @@ fn what_packing_takes_does_not_grow_with_the_weights() {
         )
         .unwrap();
         let options = Options {
-            threads: 1,
+            threads: Some(1),
             state_dir: folder.path().join("state"),
             ..Options::default()
         };

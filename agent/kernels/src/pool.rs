@@ -1,12 +1,12 @@
 //! A few threads that do the same thing to different rows, woken hundreds of times a token.
-//! Not a scheduler: one job at a time, split by its caller, no queue, no stealing.
+//! Not a scheduler: one job at a time, split by its caller, no queue, no stealing. Which cores the threads run on is
+//! for whoever starts them to say ([`Pool::started`]).
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,29 +21,45 @@ type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    not_sync: PhantomData<Cell<()>>,
+    /// How many of them work; also what keeps the pool from being `Sync`.
+    active: Cell<usize>,
 }
 
 struct Shared {
-    /// Counts jobs; a change is the signal to start.
-    epoch: AtomicU32,
-    /// Written before `epoch` changes and read after, so never at the same time.
+    /// The job to do; a change is the signal to start.
+    job: AtomicU64,
+    /// Written before `job` changes and read after, so never at the same time.
     task: UnsafeCell<Option<*const Task<'static>>>,
     /// Workers that have not finished the current job.
     pending: AtomicUsize,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    /// Sleepers wait here; the counters say whether anybody does, so that a busy pool makes no system call.
+    /// Which workers sleep, so that a busy pool makes no system call and those not asked for sleep on.
+    asleep: Vec<AtomicBool>,
     lock: Mutex<()>,
-    started: Condvar,
-    sleepers: AtomicUsize,
     finished: Condvar,
     caller_sleeps: AtomicBool,
 }
 
+/// One job's number and how many workers it has, in one word: read apart, the one could be another job's.
+#[derive(Copy, Clone, PartialEq, Eq)]
+struct Job(u64);
+
+impl Job {
+    const WORKERS_MAX: usize = u16::MAX as usize;
+
+    fn next(self, workers: usize) -> Self {
+        Self(((self.0 >> 16) + 1) << 16 | workers as u64)
+    }
+
+    fn workers(self) -> usize {
+        self.0 as usize & Self::WORKERS_MAX
+    }
+}
+
 // SAFETY: `task` is the only field that is not Sync by itself. It is written by the one caller of `run` (Pool
-// is not Sync) while no worker is in a job, and read by workers after they saw `epoch` change (SeqCst). What it
-// points to is Sync, and `run` outlives every use of it.
+// is not Sync) while no worker is in a job, and read by workers that a job counts after they saw `job` change
+// (SeqCst). What it points to is Sync, and `run` outlives every use of it.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer is to something Sync.
 unsafe impl Send for Shared {}
@@ -54,31 +70,43 @@ impl Pool {
     /// # Panics
     /// If the system refuses a thread.
     pub fn new(threads: usize) -> Self {
+        Self::started(threads, |_| {})
+    }
+
+    /// The same; `on_start(worker)` runs once on each thread that is started, before its first job. There the
+    /// thread may choose its cores. The caller's thread, worker 0, is left alone.
+    ///
+    /// # Panics
+    /// If the system refuses a thread.
+    pub fn started(threads: usize, on_start: impl Fn(usize) + Send + Sync + 'static) -> Self {
+        let workers = threads.clamp(1, Job::WORKERS_MAX);
         let shared = Arc::new(Shared {
-            epoch: AtomicU32::new(0),
+            job: AtomicU64::new(0),
             task: UnsafeCell::new(None),
             pending: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
+            asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             lock: Mutex::new(()),
-            started: Condvar::new(),
-            sleepers: AtomicUsize::new(0),
             finished: Condvar::new(),
             caller_sleeps: AtomicBool::new(false),
         });
-        let workers = threads.max(1);
+        let on_start = Arc::new(on_start);
         let spawn = |worker| {
-            let shared = Arc::clone(&shared);
+            let (shared, on_start) = (Arc::clone(&shared), Arc::clone(&on_start));
             std::thread::Builder::new()
                 .name(format!("kernels-{worker}"))
-                .spawn(move || shared.work(worker, workers))
+                .spawn(move || {
+                    on_start(worker);
+                    shared.work(worker);
+                })
                 .expect("the system refused a thread")
         };
         let threads = (1..workers).map(spawn).collect();
         Self {
             shared,
             threads,
-            not_sync: PhantomData,
+            active: Cell::new(workers),
         }
     }
 
@@ -87,10 +115,15 @@ impl Pool {
         self.threads.len() + 1
     }
 
-    /// Calls `task(worker, workers)` once on every worker and returns when all are done. A panic of any of
-    /// them is the caller's, after all are done.
+    /// Has the jobs that follow done by this many workers: at least one, at most all. The others sleep.
+    pub fn limit(&self, workers: usize) {
+        self.active.set(workers.clamp(1, self.threads()));
+    }
+
+    /// Calls `task(worker, workers)` once on every worker that [`Pool::limit`] lets work, and returns when all are
+    /// done. A panic of any of them is the caller's, after all are done.
     pub fn run(&self, task: &Task) {
-        let workers = self.threads();
+        let workers = self.active.get();
         if workers == 1 {
             return task(0, 1);
         }
@@ -101,8 +134,7 @@ impl Pool {
         // SAFETY: no job is running, so no worker reads the cell.
         unsafe { *shared.task.get() = Some(pointer) };
         shared.pending.store(workers - 1, SeqCst);
-        shared.epoch.fetch_add(1, SeqCst);
-        shared.wake();
+        self.announce(workers);
         shared.attempt(|| task(0, workers));
         shared.await_workers();
         let panic = shared
@@ -112,6 +144,19 @@ impl Pool {
             .take();
         if let Some(panic) = panic {
             resume_unwind(panic);
+        }
+    }
+
+    /// Starts the next job on the first `workers`. A worker marks itself asleep before it looks for a job for the
+    /// last time, so either it sees this one or it is woken here.
+    fn announce(&self, workers: usize) {
+        let shared = &*self.shared;
+        let job = Job(shared.job.load(SeqCst)).next(workers);
+        shared.job.store(job.0, SeqCst);
+        for (asleep, thread) in shared.asleep[1..workers].iter().zip(&self.threads) {
+            if asleep.load(SeqCst) {
+                thread.thread().unpark();
+            }
         }
     }
 
@@ -153,8 +198,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        self.shared.epoch.fetch_add(1, SeqCst);
-        self.shared.wake();
+        self.announce(self.threads());
         for thread in self.threads.drain(..) {
             // A worker catches what its jobs throw, so there is nothing to hear from it.
             let _ = thread.join();
@@ -163,19 +207,19 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn work(&self, worker: usize, workers: usize) {
-        let mut seen = 0;
+    fn work(&self, worker: usize) {
+        let mut seen = Job(0);
         loop {
-            seen = self.await_job(seen);
+            seen = self.await_job(worker, seen);
             if self.stop.load(SeqCst) {
                 return;
             }
-            // SAFETY: `epoch` changed, so the cell was written and stays as it is until `pending` is zero.
+            // SAFETY: this job counts this worker, so the cell was written and stays as it is until `pending` is zero.
             let task = unsafe { *self.task.get() };
             if let Some(task) = task {
                 // SAFETY: `run` waits for this worker before what it points to ends.
                 let task = unsafe { &*task };
-                self.attempt(|| task(worker, workers));
+                self.attempt(|| task(worker, seen.workers()));
             }
             if self.pending.fetch_sub(1, SeqCst) == 1 && self.caller_sleeps.load(SeqCst) {
                 let _guard = self.lock();
@@ -184,33 +228,29 @@ impl Shared {
         }
     }
 
-    /// Waits until `epoch` is not `seen`; the new one. Jobs come one at a time, so none is missed.
-    fn await_job(&self, seen: u32) -> u32 {
-        if !spin_until(|| self.epoch.load(SeqCst) != seen) {
-            self.sleepers.fetch_add(1, SeqCst);
-            let mut guard = self.lock();
-            while self.epoch.load(SeqCst) == seen {
-                guard = self
-                    .started
-                    .wait(guard)
-                    .unwrap_or_else(PoisonError::into_inner);
+    /// Waits for a job after `seen` that counts this worker. Such a job waits for the worker too, so none is missed.
+    fn await_job(&self, worker: usize, seen: Job) -> Job {
+        let due = || {
+            let job = Job(self.job.load(SeqCst));
+            (job != seen && worker < job.workers()).then_some(job)
+        };
+        if let Some(job) = spin_for(due) {
+            return job;
+        }
+        self.asleep[worker].store(true, SeqCst);
+        let job = loop {
+            match due() {
+                Some(job) => break job,
+                None => std::thread::park(),
             }
-            self.sleepers.fetch_sub(1, SeqCst);
-        }
-        self.epoch.load(SeqCst)
-    }
-
-    /// After `epoch` changed. A worker raises `sleepers` before it looks at `epoch` for the last time, so
-    /// either it saw the change or it is counted here.
-    fn wake(&self) {
-        if self.sleepers.load(SeqCst) > 0 {
-            let _guard = self.lock();
-            self.started.notify_all();
-        }
+        };
+        self.asleep[worker].store(false, SeqCst);
+        job
     }
 
     fn await_workers(&self) {
-        if spin_until(|| self.pending.load(SeqCst) == 0) {
+        let done = || (self.pending.load(SeqCst) == 0).then_some(());
+        if spin_for(done).is_some() {
             return;
         }
         self.caller_sleeps.store(true, SeqCst);
@@ -239,18 +279,18 @@ impl Shared {
     }
 }
 
-/// Whether `done` came true within [`SPIN`]. The clock is read rarely: reading it costs as much as a job's start.
-fn spin_until(done: impl Fn() -> bool) -> bool {
+/// What `ready` came to give within [`SPIN`]. The clock is read rarely: reading it costs as much as a job's start.
+fn spin_for<T>(ready: impl Fn() -> Option<T>) -> Option<T> {
     let start = Instant::now();
     loop {
         for _ in 0..64 {
-            if done() {
-                return true;
+            if let Some(value) = ready() {
+                return Some(value);
             }
             std::hint::spin_loop();
         }
         if start.elapsed() > SPIN {
-            return done();
+            return ready();
         }
     }
 }
@@ -350,29 +390,64 @@ mod tests {
         assert!(done.load(SeqCst));
     }
 
+    #[test]
+    fn a_limited_pool_works_with_fewer_and_then_with_all_again() {
+        let pool = Pool::new(4);
+        let mut expected = [0; 4];
+        let counts: Vec<AtomicUsize> = (0..4).map(|_| AtomicUsize::new(0)).collect();
+        for round in 0..400 {
+            let limit = [1, 3, 2, 4, 9, 0][round % 6];
+            let active = limit.clamp(1, 4);
+            pool.limit(limit);
+            if round % 50 == 49 {
+                // Long enough for the workers to fall asleep.
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            pool.run(&|worker, workers| {
+                assert_eq!(workers, active);
+                counts[worker].fetch_add(1, SeqCst);
+            });
+            expected[..active].iter_mut().for_each(|count| *count += 1);
+        }
+        assert_eq!(pool.threads(), 4);
+        let counts: Vec<usize> = counts.iter().map(|count| count.load(SeqCst)).collect();
+        assert_eq!(counts, expected);
+    }
+
+    #[test]
+    fn each_started_thread_is_told_its_number_once() {
+        let started = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&started);
+        let pool = Pool::started(3, move |worker| told.lock().unwrap().push(worker));
+        pool.run(&|_, _| {});
+        drop(pool);
+        let mut started = started.lock().unwrap().clone();
+        started.sort_unstable();
+        assert_eq!(started, [1, 2]);
+    }
+
+    /// Asks the system from outside, so that asking wakes nobody: a worker that sleeps uses no time at all, however
+    /// loaded the machine is; one that spins always does in the end.
     #[cfg(target_os = "linux")]
     #[test]
-    fn an_idle_pool_uses_no_cpu() {
+    fn an_idle_worker_uses_no_cpu() {
         let pool = Pool::new(2);
-        let ticks = AtomicUsize::new(0);
-        // The worker's own CPU time, in nanoseconds: the first field of its schedstat.
-        let read = || {
-            pool.run(&|worker, _| {
-                if worker == 1 {
-                    let text =
-                        std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-                    let spent = text.split(' ').next().and_then(|field| field.parse().ok());
-                    ticks.store(spent.unwrap_or(0), SeqCst);
-                }
-            });
-            ticks.load(SeqCst)
-        };
-        let before = read();
-        std::thread::sleep(Duration::from_millis(200));
-        let spent = read() - before;
-        assert!(
-            spent < 20_000_000,
-            "an idle worker used {spent} ns in 200 ms"
-        );
+        let thread = Mutex::new(None);
+        pool.run(&|worker, _| {
+            if worker == 1 {
+                *thread.lock().unwrap() = std::fs::read_link("/proc/thread-self").ok();
+            }
+        });
+        let thread = thread.into_inner().unwrap().expect("/proc is mounted");
+        let schedstat = std::path::Path::new("/proc").join(thread).join("schedstat");
+        // Nanoseconds on a CPU, nanoseconds of waiting for one, turns.
+        let used = || std::fs::read_to_string(&schedstat).unwrap();
+        let mut last = used();
+        let slept = (0..100).any(|_| {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = used();
+            std::mem::replace(&mut last, now.clone()) == now
+        });
+        assert!(slept, "an idle worker still runs after ten seconds: {last}");
     }
 }

@@ -6,7 +6,7 @@ use crate::config::{self, Config};
 use crate::worker::{Brain, Load, Prepare, Work};
 use anyhow::{Context, Result};
 use millwright_engine::{
-    Completion, Engine, Event, Options, Prepared, Preparer, Request, RequestError, Slot,
+    Completion, Engine, Event, Options, Prepared, Preparer, Request, RequestError, Slot, bandwidth,
 };
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,16 +43,19 @@ pub(super) async fn run(args: Args) -> Result<()> {
 fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
     let defaults = Options::default();
     let options = Options {
-        threads: settings.threads.unwrap_or(defaults.threads),
+        threads: settings.threads,
         kernel: settings.kernel.clone().or(defaults.kernel),
         state_dir: settings.state_dir.clone(),
         slots: settings.slots.unwrap_or(defaults.slots),
         kv_tokens: settings.kv_tokens.unwrap_or(defaults.kv_tokens),
+        kv_precision: settings.kv_cache.unwrap_or(defaults.kv_precision),
         prefill_chunk: settings.prefill_chunk.unwrap_or(defaults.prefill_chunk),
         plan: defaults.plan,
     };
     let engine = Engine::open(&settings.bundle, &options)
         .with_context(|| format!("the model in {} can't be used", settings.bundle.display()))?;
+    // Before any task runs: it takes the memory's whole bandwidth for a second, at the first start only.
+    let bandwidth = bandwidth::remembered(&settings.state_dir);
     let card = engine.card();
     let model = Model {
         name: card.name.clone(),
@@ -63,6 +66,9 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         context_length: card.context_length,
         chat: card.chat,
         kernel: card.kernel.clone(),
+        decode_threads: card.threads.decode,
+        prefill_threads: card.threads.prefill,
+        read_bytes_per_s: Some(bandwidth as u64),
         plan: card.plan.to_string(),
         notes: card.notes.clone(),
     };
@@ -110,6 +116,7 @@ impl Brain for Engine {
         Load {
             kv_tokens_used: usage.kv_tokens_used,
             kv_tokens_max: usage.kv_tokens_max,
+            reads: self.reads(),
         }
     }
 }

@@ -22,7 +22,7 @@ pub struct Args {
     /// Tokens to make at most
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
-    /// Threads for arithmetic [default: all cores]
+    /// Threads for arithmetic [default: as many as suit the model, measured at its first start]
     #[arg(long)]
     threads: Option<usize>,
     /// 0 takes the likeliest token each time

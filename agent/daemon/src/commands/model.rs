@@ -1,7 +1,7 @@
 //! What the commands share that run a model here, without a broker.
 
 use anyhow::{Context, Result};
-use millwright_engine::{Engine, Options, PlanChoice};
+use millwright_engine::{Engine, KvPrecision, Options, PlanChoice};
 use std::env;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,9 @@ pub(super) struct ModelArgs {
     /// Run one sequence at a time through tract's own attention: the reference
     #[arg(long)]
     plain: bool,
+    /// How keys and values are kept: f16, or int8 for half their memory at some loss of fidelity
+    #[arg(long, value_name = "f16|int8", default_value = "f16")]
+    kv_cache: KvPrecision,
 }
 
 impl ModelArgs {
@@ -40,6 +43,7 @@ impl ModelArgs {
     ) -> Result<Engine> {
         let options = Options {
             plan,
+            kv_precision: KvPrecision::default(),
             ..self.options(threads, 1, None)?
         };
         Ok(Engine::open(folder, &options)?)
@@ -57,10 +61,11 @@ impl ModelArgs {
             None => packed_folder()?,
         };
         Ok(Options {
-            threads: threads.unwrap_or(default.threads),
+            threads,
             state_dir,
             slots,
             kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
+            kv_precision: self.kv_cache,
             plan: if self.plain {
                 PlanChoice::Plain
             } else {

@@ -85,6 +85,8 @@ impl<P: Prepare> Dispatcher<P> {
         let now = self.parts.clock.now();
         let (events, bytes) = self.outbox.depth();
         let (recalled, recalled_bytes) = self.admission.recalled();
+        let model = &self.parts.model;
+        let share = self.tally.share(load.reads, model.read_bytes_per_s);
         let sample = json!({
             "gateway": self.parts.config.gateway.name,
             "at": millwright_task::calendar::format(now.wall_ms),
@@ -93,8 +95,9 @@ impl<P: Prepare> Dispatcher<P> {
             "queue": self.admission.waiting(), "running": self.admission.running(),
             "counts": self.tally.counts(),
             "kv_tokens_used": load.kv_tokens_used, "kv_tokens_max": load.kv_tokens_max,
-            "memory_bandwidth_share": null,
-            "model_digest": self.parts.model.digest,
+            "memory_bandwidth_share": share,
+            "threads": {"decode": model.decode_threads, "prefill": model.prefill_threads},
+            "model_digest": model.digest,
             "journal": {"open": self.parts.journal.open(), "recalled": recalled, "bytes": recalled_bytes},
             "outbox": {"events": events, "bytes": bytes},
         });

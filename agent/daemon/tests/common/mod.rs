@@ -5,7 +5,7 @@ use millwright::app::{self, Mind};
 use millwright::card::Model;
 use millwright::config::Config;
 use millwright::worker::{Brain, Load, Prepare, Work};
-use millwright_engine::{Completion, Event, Finish, Prompt, Request, RequestError};
+use millwright_engine::{Completion, Event, Finish, Prompt, Reads, Request, RequestError};
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -218,6 +218,9 @@ fn mind(step: Duration) -> Mind<Parrot, Words> {
         context_length: 1000,
         chat: false,
         kernel: "none".into(),
+        decode_threads: 1,
+        prefill_threads: 1,
+        read_bytes_per_s: None,
         plan: "none".into(),
         notes: vec![],
     };
@@ -321,6 +324,7 @@ impl Brain for Parrot {
         Load {
             kv_tokens_used: 0,
             kv_tokens_max: 100_000,
+            reads: Reads::default(),
         }
     }
 }
