@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn measuring_is_bounded_however_slow_the_model() {
         for cost in [0, 1, 50, 400, 2000, 60_000] {
-            let (count, spent) = settle(4, |n| MS(cost / n as u64));
+            let (count, spent) = settle(4, |n| MS(cost) / n as u32);
             assert!(spent <= 3 * BUDGET + MS(cost), "{cost} ms: {spent:?}");
             // Where time allowed but one run, it was the one with all threads.
             assert_eq!(count, if cost == 0 { 1 } else { 4 });
