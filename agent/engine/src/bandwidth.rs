@@ -1,8 +1,7 @@
 //! How fast this machine reads memory: the ceiling of decoding. Measures, and knows nothing of models.
 
-use crate::cores::{Cores, keep_to};
+use crate::cores::{Cores, Stay, pool};
 use crate::tuning::{counts, read, write};
-use millwright_kernels::Pool;
 use serde::{Deserialize, Serialize};
 use std::hint::black_box;
 use std::path::Path;
@@ -74,10 +73,8 @@ fn recall(path: &Path, cores: &str) -> Result<Option<f64>, String> {
 fn on(cores: &Cores, threads: usize) -> f64 {
     let threads = threads.clamp(1, cores.threads_max());
     let kept_to = cores.kept_to(threads).map(<[usize]>::to_vec);
-    let _stay = crate::cores::Stay::on(kept_to.as_deref());
-    let pool = Pool::started(threads, move |_| {
-        kept_to.iter().for_each(|cores| keep_to(cores));
-    });
+    let _stay = Stay::on(kept_to.as_deref());
+    let pool = pool(threads, kept_to.clone());
     let buffers = vec![vec![1u64; BUFFER_BYTES / 8 / threads]; threads];
     let pass = |_| {
         let start = Instant::now();

@@ -1,6 +1,7 @@
 //! Which cores arithmetic runs on: the fast ones, where cores differ. Reads what Linux says of them and sets the
 //! affinity of threads; knows nothing of models.
 
+use millwright_kernels::Pool;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -83,6 +84,15 @@ impl Cores {
     }
 }
 
+/// Threads that keep to these cores, if any are named.
+pub(crate) fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
+    Pool::started(threads, move |_| {
+        if let Some(cores) = &kept_to {
+            keep_to(cores);
+        }
+    })
+}
+
 /// The number in a small file, 1 to `max`.
 fn number(path: &Path, max: u64) -> Option<u64> {
     let mut text = String::new();
@@ -95,7 +105,8 @@ fn parallelism() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-pub(crate) use affinity::{Stay, allowed, keep_to};
+pub(crate) use affinity::Stay;
+use affinity::{allowed, keep_to};
 
 #[cfg(target_os = "linux")]
 mod affinity {
@@ -114,7 +125,9 @@ mod affinity {
     /// Keeps the calling thread to these cores from now on. Where the system refuses, it runs where it did.
     pub(crate) fn keep_to(cores: &[usize]) {
         let mut set = CpuSet::new();
-        cores.iter().for_each(|&core| set.set(core));
+        for &core in cores {
+            set.set(core);
+        }
         if let Err(error) = sched_setaffinity(None, &set) {
             tracing::debug!("a thread can't be kept to the cores {cores:?}: {error}");
         }

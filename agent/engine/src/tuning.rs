@@ -19,6 +19,8 @@ const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 15;
 /// The smallest piece of a prompt that is still like a large one.
 const PIECE_MIN: usize = 8;
+/// A piece is as long as lets the budget do for this many rounds: rather fewer than shorter ones.
+const PIECE_ROUNDS: usize = 5;
 /// A file of ours is a few hundred bytes.
 const FILE_BYTES_MAX: u64 = 4096;
 
@@ -156,7 +158,7 @@ fn measure_reserved(
     let decode = rounds(&counts, BUDGET, |threads| run(1, threads))?;
     let small = chunk.min(PIECE_MIN);
     let estimate = run(small, most)? * most as u32;
-    let share = BUDGET.as_secs_f64() / (counts.len() * ROUNDS_MIN) as f64;
+    let share = BUDGET.as_secs_f64() / (counts.len() * PIECE_ROUNDS) as f64;
     let tokens = (small as f64 * share / estimate.as_secs_f64().max(1e-9)) as usize;
     let tokens = tokens.clamp(small, chunk);
     let prefill = rounds(&counts, BUDGET, |threads| run(tokens, threads))?;
