@@ -1,6 +1,6 @@
 //! How fast this machine reads memory: the ceiling of decoding. Measures, and knows nothing of models.
 
-use crate::cores::{Cores, Stay, pool};
+use crate::cores::{Calm, Cores, Stay, pool};
 use crate::tuning::{counts, read, write};
 use serde::{Deserialize, Serialize};
 use std::hint::black_box;
@@ -37,9 +37,14 @@ pub fn remembered(folder: &Path) -> f64 {
         Ok(None) => {}
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
+    let calm = Calm::begin();
     let rates = counts(cores.threads_fast()).into_iter();
     let rate = rates.map(|n| on(&cores, n)).fold(0.0, f64::max);
     tracing::info!("this machine reads {:.1} GB/s", rate / 1e9);
+    if !calm.held() {
+        tracing::warn!("other work took the cores meanwhile, so the next start measures again");
+        return rate;
+    }
     let remembered = Remembered {
         engine: env!("CARGO_PKG_VERSION").into(),
         cores: cores.name(),
@@ -129,6 +134,5 @@ mod tests {
         }
         fs::write(&path, b"\xff").unwrap();
         assert!(POSSIBLE.contains(&remembered(folder.path())));
-        assert!(matches!(recall(&path, &cores), Ok(Some(_))));
     }
 }

@@ -5,6 +5,7 @@ use millwright_kernels::Pool;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const ROOT: &str = "/sys/devices/system/cpu";
 /// A core at least this share as fast as the fastest is fast too: favoured cores of one kind differ by a few
@@ -91,6 +92,31 @@ pub(crate) fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
             keep_to(cores);
         }
     })
+}
+
+/// Whether other processes took this thread's core for more than a tenth of the time since it was made: what was
+/// measured meanwhile holds for now, not for this machine.
+pub(crate) struct Calm(Option<(Duration, Instant)>);
+
+impl Calm {
+    pub(crate) fn begin() -> Self {
+        Self(waited().map(|waited| (waited, Instant::now())))
+    }
+
+    /// True where the system doesn't say.
+    pub(crate) fn held(&self) -> bool {
+        let Some(((before, start), now)) = self.0.zip(waited()) else {
+            return true;
+        };
+        now.saturating_sub(before) * 10 <= start.elapsed()
+    }
+}
+
+/// How long this thread could have run and had no core: the second number of its `schedstat`, in nanoseconds.
+fn waited() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanos = text.split(' ').nth(1)?.parse().ok()?;
+    Some(Duration::from_nanos(nanos))
 }
 
 /// The number in a small file, 1 to `max`.

@@ -1,7 +1,7 @@
 //! How many threads suit a model on this machine: measured once with the model itself, then remembered beside its
 //! packed weights. More is not always faster: two threads can exhaust a board's memory and four get in each other's way.
 
-use crate::cores::Cores;
+use crate::cores::{Calm, Cores};
 use crate::forward::Forward;
 use crate::turn::{Batch, Row};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,12 @@ pub(crate) fn threads(
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
     tracing::info!("measuring how many of {most} threads suit this model, once");
+    let calm = Calm::begin();
     let threads = measure(most, key.prefill_chunk, forward)?;
+    if !calm.held() {
+        tracing::warn!("other work took the cores meanwhile, so the next start measures again");
+        return Ok(threads);
+    }
     let remembered = Remembered { key, threads };
     if let Err(error) = write(&path, &serde_json::to_vec(&remembered)?) {
         tracing::warn!(

