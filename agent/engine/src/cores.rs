@@ -1,9 +1,11 @@
 //! Which cores arithmetic runs on: the fast ones, where cores differ. Reads what Linux says of them and sets the
 //! affinity of threads; knows nothing of models.
 
+use millwright_kernels::Pool;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const ROOT: &str = "/sys/devices/system/cpu";
 /// A core at least this share as fast as the fastest is fast too: favoured cores of one kind differ by a few
@@ -83,6 +85,40 @@ impl Cores {
     }
 }
 
+/// Threads that keep to these cores, if any are named.
+pub(crate) fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
+    Pool::started(threads, move |_| {
+        if let Some(cores) = &kept_to {
+            keep_to(cores);
+        }
+    })
+}
+
+/// Whether other processes took this thread's core for more than a tenth of the time since it was made: what was
+/// measured meanwhile holds for now, not for this machine.
+pub(crate) struct Calm(Option<(Duration, Instant)>);
+
+impl Calm {
+    pub(crate) fn begin() -> Self {
+        Self(waited().map(|waited| (waited, Instant::now())))
+    }
+
+    /// True where the system doesn't say.
+    pub(crate) fn held(&self) -> bool {
+        let Some(((before, start), now)) = self.0.zip(waited()) else {
+            return true;
+        };
+        now.saturating_sub(before) * 10 <= start.elapsed()
+    }
+}
+
+/// How long this thread could have run and had no core: the second number of its `schedstat`, in nanoseconds.
+fn waited() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanos = text.split(' ').nth(1)?.parse().ok()?;
+    Some(Duration::from_nanos(nanos))
+}
+
 /// The number in a small file, 1 to `max`.
 fn number(path: &Path, max: u64) -> Option<u64> {
     let mut text = String::new();
@@ -95,7 +131,8 @@ fn parallelism() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-pub(crate) use affinity::{Stay, allowed, keep_to};
+pub(crate) use affinity::Stay;
+use affinity::{allowed, keep_to};
 
 #[cfg(target_os = "linux")]
 mod affinity {
@@ -114,7 +151,9 @@ mod affinity {
     /// Keeps the calling thread to these cores from now on. Where the system refuses, it runs where it did.
     pub(crate) fn keep_to(cores: &[usize]) {
         let mut set = CpuSet::new();
-        cores.iter().for_each(|&core| set.set(core));
+        for &core in cores {
+            set.set(core);
+        }
         if let Err(error) = sched_setaffinity(None, &set) {
             tracing::debug!("a thread can't be kept to the cores {cores:?}: {error}");
         }

@@ -3,7 +3,7 @@
 
 use crate::arena::{Arena, KvPrecision};
 use crate::bundle::{Bundle, BundleError, GRAPH};
-use crate::cores::{Cores, keep_to};
+use crate::cores::{Cores, pool};
 use crate::forward::{Flat, Forward, Parts, Plain};
 use crate::fuse::{fuse, position_wise};
 use crate::lower;
@@ -12,7 +12,7 @@ use crate::pack::{PackError, Weights};
 use crate::recipe::Recipe;
 use crate::text::{Text, TextError};
 use crate::tuning::{self, Key, Threads};
-use millwright_kernels::{Kernel, KernelError, Pool};
+use millwright_kernels::{Kernel, KernelError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tract_onnx::prelude::TractError;
@@ -226,22 +226,21 @@ impl Model {
         };
         let name = if is_flat { "flat" } else { "plain" };
         let digest = bundle.digest();
-        let threads = match options.threads {
-            Some(_) => Threads {
+        let threads = if options.threads.is_some() {
+            Threads {
                 decode: threads,
                 prefill: threads,
-            },
-            None => {
-                let key = Key {
-                    engine: env!("CARGO_PKG_VERSION").into(),
-                    model: digest.clone(),
-                    kernel: kernel.name().into(),
-                    plan: name.into(),
-                    cores: cores.name(),
-                    prefill_chunk: options.prefill_chunk,
-                };
-                tuning::threads(key, &cores, &options.state_dir, &mut *forward).map_err(plan)?
             }
+        } else {
+            let key = Key {
+                engine: env!("CARGO_PKG_VERSION").into(),
+                model: digest.clone(),
+                kernel: kernel.name().into(),
+                plan: name.into(),
+                cores: cores.name(),
+                prefill_chunk: options.prefill_chunk,
+            };
+            tuning::threads(key, &cores, &options.state_dir, &mut *forward).map_err(plan)?
         };
         let card = Card {
             name: bundle.manifest.name.clone(),
@@ -269,13 +268,6 @@ impl Model {
             bytes_per_token,
         })
     }
-}
-
-/// Threads that keep to these cores, where cores differ.
-fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
-    Pool::started(threads, move |_| {
-        kept_to.iter().for_each(|cores| keep_to(cores));
-    })
 }
 
 /// Takes the graph to its flat form, or leaves it as it was and says why not.

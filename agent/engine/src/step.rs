@@ -123,8 +123,8 @@ struct Sequence {
     tokens_max: usize,
     /// How many of `tokens` are in the cache.
     cached: usize,
-    /// The last step in which tokens of its prompt rode.
-    served: u64,
+    /// The last step in which its prompt got more than an even share, or the one before it came.
+    favoured: u64,
     ignore_eos: bool,
     sampler: Sampler,
     stream: TextStream,
@@ -238,7 +238,7 @@ impl Engine {
             tokens: prepared.tokens,
             tokens_max,
             cached: 0,
-            served: 0,
+            favoured: self.steps,
             ignore_eos: prepared.ignore_eos,
             sampler: Sampler::new(prepared.sampling),
             stream: TextStream::new(Arc::clone(&self.text), prepared.stop),
@@ -362,9 +362,13 @@ impl Engine {
             }
         }
         let answers = self.batch.rows.len();
-        for (slot, tokens) in self.prompts() {
+        let prompts = self.prompts();
+        let even = self.prefill_chunk / prompts.len().max(1);
+        for (slot, tokens) in prompts.into_iter().filter(|(_, tokens)| *tokens > 0) {
             if let Some(sequence) = &mut self.slots[slot] {
-                sequence.served = self.steps;
+                if tokens > even {
+                    sequence.favoured = self.steps;
+                }
                 if sequence.started.is_none() {
                     sequence.started = Some(Instant::now());
                     events.push((Slot(slot as u32), Event::Started));
@@ -385,19 +389,19 @@ impl Engine {
         self.reads.tokens += rows.len() as u64;
     }
 
-    /// The prompts that get tokens into this step, and how many: who waited longest is first.
+    /// The prompts in progress and how many tokens of each ride in this step: first who was favoured longest ago.
     fn prompts(&self) -> Vec<(usize, usize)> {
         let slots = self.slots.iter().enumerate();
         let mut prompts: Vec<(u64, usize, usize)> = slots
             .filter_map(|(slot, sequence)| Some((slot, sequence.as_ref()?)))
             .filter(|(_, sequence)| !sequence.decodes())
-            .map(|(slot, sequence)| (sequence.served, slot, sequence.due()))
+            .map(|(slot, sequence)| (sequence.favoured, slot, sequence.due()))
             .collect();
         prompts.sort_unstable();
         let due: Vec<usize> = prompts.iter().map(|(.., due)| *due).collect();
         let shares = share(self.prefill_chunk, &due);
         let slots = prompts.into_iter().map(|(_, slot, _)| slot);
-        slots.zip(shares).filter(|(_, share)| *share > 0).collect()
+        slots.zip(shares).collect()
     }
 
     /// Puts a slot's next tokens into the batch; the last that is due is sampled.

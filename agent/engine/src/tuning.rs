@@ -1,7 +1,7 @@
 //! How many threads suit a model on this machine: measured once with the model itself, then remembered beside its
 //! packed weights. More is not always faster: two threads can exhaust a board's memory and four get in each other's way.
 
-use crate::cores::Cores;
+use crate::cores::{Calm, Cores};
 use crate::forward::Forward;
 use crate::turn::{Batch, Row};
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,8 @@ const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 15;
 /// The smallest piece of a prompt that is still like a large one.
 const PIECE_MIN: usize = 8;
+/// A piece is as long as lets the budget do for this many rounds: rather fewer than shorter ones.
+const PIECE_ROUNDS: usize = 5;
 /// A file of ours is a few hundred bytes.
 const FILE_BYTES_MAX: u64 = 4096;
 
@@ -71,7 +73,12 @@ pub(crate) fn threads(
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
     tracing::info!("measuring how many of {most} threads suit this model, once");
+    let calm = Calm::begin();
     let threads = measure(most, key.prefill_chunk, forward)?;
+    if !calm.held() {
+        tracing::warn!("other work took the cores meanwhile, so the next start measures again");
+        return Ok(threads);
+    }
     let remembered = Remembered { key, threads };
     if let Err(error) = write(&path, &serde_json::to_vec(&remembered)?) {
         tracing::warn!(
@@ -156,7 +163,7 @@ fn measure_reserved(
     let decode = rounds(&counts, BUDGET, |threads| run(1, threads))?;
     let small = chunk.min(PIECE_MIN);
     let estimate = run(small, most)? * most as u32;
-    let share = BUDGET.as_secs_f64() / (counts.len() * ROUNDS_MIN) as f64;
+    let share = BUDGET.as_secs_f64() / (counts.len() * PIECE_ROUNDS) as f64;
     let tokens = (small as f64 * share / estimate.as_secs_f64().max(1e-9)) as usize;
     let tokens = tokens.clamp(small, chunk);
     let prefill = rounds(&counts, BUDGET, |threads| run(tokens, threads))?;
@@ -293,7 +300,7 @@ mod tests {
     #[test]
     fn measuring_is_bounded_however_slow_the_model() {
         for cost in [0, 1, 50, 400, 2000, 60_000] {
-            let (count, spent) = settle(4, |n| MS(cost / n as u64));
+            let (count, spent) = settle(4, |n| MS(cost) / n as u32);
             assert!(spent <= 3 * BUDGET + MS(cost), "{cost} ms: {spent:?}");
             // Where time allowed but one run, it was the one with all threads.
             assert_eq!(count, if cost == 0 { 1 } else { 4 });

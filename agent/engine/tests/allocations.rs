@@ -74,7 +74,9 @@ fn start(engine: &mut Engine, prompt: &str) {
 /// What `steps` steps allocate: in our operators, in the whole forward pass, and how many operators ran.
 fn counted(engine: &mut Engine, steps: usize) -> [usize; 3] {
     let counters = [&OURS, &FORWARD, &OPERATORS];
-    counters.iter().for_each(|counter| counter.store(0, SeqCst));
+    for counter in counters {
+        counter.store(0, SeqCst);
+    }
     for _ in 0..steps {
         engine.step().unwrap();
     }

@@ -276,3 +276,46 @@ fn requests_beyond_the_context_or_the_vocabulary_are_refused() {
     let unknown = refuse(Prompt::Tokens(vec![1, 99_999]), 1);
     says(&unknown.to_string(), &["99999"]);
 }
+
+/// Where there is but one core, or other work takes the cores, nothing is remembered.
+#[test]
+fn tuned_threads_are_remembered_and_measured_anew_when_the_file_is_not_ours() {
+    let tiny = Tiny::new();
+    let threads = || {
+        let options = Options {
+            threads: None,
+            state_dir: tiny.path("state"),
+            ..Options::default()
+        };
+        let engine = Engine::open(tiny.folder.path(), &options).unwrap();
+        engine.card().threads
+    };
+    let measured = threads();
+    let most = std::thread::available_parallelism().unwrap().get();
+    assert!((1..=most).contains(&measured.decode) && (1..=most).contains(&measured.prefill));
+    let files = || {
+        fs::read_dir(tiny.path("state"))
+            .unwrap()
+            .map(Result::unwrap)
+    };
+    let is_ours = |path: &PathBuf| path.to_str().unwrap().ends_with(".threads.json");
+    let Some(path) = files().map(|entry| entry.path()).find(is_ours) else {
+        // Nothing to measure, or too busy to believe it.
+        return;
+    };
+    // Both ways round: at least one of them is not what was measured.
+    for (decode, prefill) in [(1, 2), (2, 1)] {
+        let mut file: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        file["threads"] = serde_json::json!({"decode": decode, "prefill": prefill});
+        fs::write(&path, file.to_string()).unwrap();
+        let read = threads();
+        assert_eq!((read.decode, read.prefill), (decode, prefill));
+    }
+    let ours = fs::read(&path).unwrap();
+    for bad in [&b"{}"[..], b"\xff", &ours[..ours.len() / 2]] {
+        fs::write(&path, bad).unwrap();
+        let again = threads();
+        assert!((1..=most).contains(&again.decode));
+    }
+}

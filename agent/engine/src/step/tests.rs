@@ -56,7 +56,7 @@ fn running_answers_get_a_token_each_step_while_long_prompts_are_computed() {
     while running.iter().any(|slot| made(&engine, *slot) == 0) {
         ride(&mut engine);
     }
-    let long = [start(&mut engine, 200, 90), start(&mut engine, 150, 90)];
+    let long = [start(&mut engine, 150, 60), start(&mut engine, 120, 60)];
     let mut steps = 0;
     while long.iter().any(|slot| made(&engine, *slot) == 0) {
         let before = running.map(|slot| made(&engine, slot));
@@ -75,7 +75,7 @@ fn running_answers_get_a_token_each_step_while_long_prompts_are_computed() {
         );
     }
     // The room was used: neither prompt waited for the other.
-    assert_eq!(steps, (200_usize + 150).div_ceil(CHUNK));
+    assert_eq!(steps, (150_usize + 120).div_ceil(CHUNK));
 }
 
 #[test]

@@ -57,7 +57,9 @@ pub(super) fn measure(engine: &mut Engine) -> Result<Gaps> {
     while engine.answers_begun() < SLOTS {
         worst_ms = worst_ms.max(step(engine)?);
     }
-    slots.into_iter().for_each(|slot| drop(engine.cancel(slot)));
+    for slot in slots {
+        engine.cancel(slot);
+    }
     Ok(Gaps {
         threads: engine.card().threads.decode,
         prompt_tokens: PROMPT,

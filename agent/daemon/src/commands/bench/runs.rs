@@ -42,7 +42,7 @@ impl Memory {
     fn new(before: Reads, after: Reads, bandwidth: f64) -> Self {
         let bytes = (after.bytes - before.bytes) as f64;
         let tokens = (after.tokens - before.tokens) as f64;
-        let seconds = (after.time - before.time).as_secs_f64();
+        let seconds = after.time.saturating_sub(before.time).as_secs_f64();
         Self {
             read_bytes_per_token: bytes / tokens,
             bandwidth_share: bytes / seconds / bandwidth,
