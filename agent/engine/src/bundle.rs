@@ -35,7 +35,7 @@ pub struct Manifest {
     pub architecture: String,
     /// Tokens that prompt and answer may take together.
     pub context_length: usize,
-    /// `int8` or `f32`.
+    /// `int8`, `q4` or `f32`.
     pub precision: String,
     /// Tokens, as written in the vocabulary, that end an answer.
     pub stop_tokens: Vec<String>,

@@ -1,7 +1,7 @@
 //! The forward pass, behind one trait: the flat plan (any slots in one batch, our attention) and the plain plan
 //! (one sequence, tract's attention). Knows nothing of requests or text.
 
-use crate::arena::Arena;
+use crate::arena::{Arena, KvPrecision};
 use crate::onnx::{Graph, GraphError, input_dims};
 use crate::ops::reader;
 use crate::pack::Weights;
@@ -150,7 +150,7 @@ impl Flat {
         let geometry = recipe
             .geometry
             .context("not every attention block was recognised")?;
-        let arena = Arena::new(geometry, slots, kv_tokens);
+        let arena = Arena::new(geometry, KvPrecision::F16, slots, kv_tokens);
         let (state, vocab) = parts.into_state(Some(arena), |name, _, symbols| match name {
             "input_ids" => Ok(i64::fact([1.to_dim(), symbols.sym("tokens").to_dim()]).into()),
             other => Err(GraphError::Input(other.into())),

@@ -1,14 +1,14 @@
 //! Recognises linears, the embedding and attention in an ONNX graph and puts our operators in their place,
 //! one for one. Joining neighbours is `fuse`'s; arithmetic is nobody's here.
 //!
-//! The forms it knows stand in engine order: blocked `DequantizeLinear` weights (our native form) and opset-23
-//! attention. What it doesn't know stays as it is, for tract.
+//! The forms it knows stand in engine order: blocked `DequantizeLinear` weights (our native form), `MatMulNBits`
+//! (`nbits`) and opset-23 attention. What it doesn't know stays as it is, for tract.
 
+use crate::nbits;
 use crate::onnx::{
     Graph, GraphError, float, input_dims, int, ints, new_node, with_float, with_ints,
 };
-use crate::recipe::{Geometry, Order, Recipe, WeightSource};
-use millwright_kernels::HEAD_MAX;
+use crate::recipe::{Form, Geometry, Order, Recipe, WeightSource};
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{NodeProto, TensorProto};
 
@@ -18,6 +18,8 @@ pub(crate) const ATTEND: &str = "MillwrightAttend";
 
 /// Elements of K that share a scale.
 const BLOCK: usize = millwright_kernels::packed::BLOCK;
+/// No known model has larger heads.
+const HEAD_MAX: usize = 256;
 
 /// Replaces every recognised linear and embedding. Both plans want this: tract refuses the form.
 pub(crate) fn linears(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), GraphError> {
@@ -25,6 +27,7 @@ pub(crate) fn linears(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), Grap
         let node = graph.node(index);
         let lowered = match node.op_type.as_str() {
             "MatMul" => linear(graph, node)?.map(|source| (LINEAR, node.input[0].clone(), source)),
+            "MatMulNBits" => Some((LINEAR, node.input[0].clone(), nbits::weight(graph, node)?)),
             "DequantizeLinear" => embedding(graph, node)?.map(|(ids, source)| (EMBED, ids, source)),
             _ => None,
         };
@@ -177,7 +180,7 @@ fn source(
         scales: scales.into(),
         rows,
         cols,
-        order,
+        form: Form::Eight(order),
     }))
 }
 

@@ -25,6 +25,14 @@ impl Mapped {
         &self.0
     }
 
+    /// Drops the pages that were read from this process's memory; whoever reads them again gets them from the
+    /// file. Best effort: a system that can't leaves them.
+    pub(crate) fn forget(&self) {
+        #[cfg(unix)]
+        // SAFETY: the map is never written to, so each page comes back with the bytes it had.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     /// `count` little-endian f32 values at a byte offset; `None` if they don't lie inside the file or are
     /// not aligned to four bytes.
     pub(crate) fn f32s(&self, offset: usize, count: usize) -> Option<&[f32]> {

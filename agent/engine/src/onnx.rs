@@ -260,19 +260,6 @@ impl Graph {
         }))
     }
 
-    /// A small f32 tensor's values.
-    pub(crate) fn f32s(&self, name: &str) -> Option<Result<Vec<f32>, GraphError>> {
-        let tensor = self
-            .initializer(name)
-            .filter(|t| t.data_type() == DataType::Float)?;
-        Some(self.bytes(tensor).map(|bytes| {
-            bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect()
-        }))
-    }
-
     /// Checks what the rewriting relies on: every value is made once and before it is read, operators have the
     /// inputs that they can't be without, and none claims to be ours.
     fn check_nodes(&self) -> Result<(), GraphError> {
@@ -289,7 +276,7 @@ impl Graph {
                 return Err(wrong("of a type that is reserved"));
             }
             let least = match node.op_type.as_str() {
-                "Attention" | "RotaryEmbedding" => 3,
+                "Attention" | "RotaryEmbedding" | "MatMulNBits" => 3,
                 "MatMul" | "DequantizeLinear" | "Gather" | "Add" | "Mul" | "RMSNormalization"
                 | "Reshape" => 2,
                 "Sigmoid" | "Transpose" | "Identity" | "Cast" | "Unsqueeze" => 1,
@@ -328,6 +315,11 @@ impl Graph {
             None if self.is_output("logits") => Ok(()),
             None => Err(GraphError::Shape("has no output named logits".into())),
         }
+    }
+
+    /// Lets go of the memory of what was read from the files beside the graph; read again, it comes back.
+    pub(crate) fn forget(&self) {
+        self.external.values().for_each(Mapped::forget);
     }
 
     /// Names of the files beside the graph that hold its weights.

@@ -1,13 +1,12 @@
 //! Our tract operators: embedding, projection (norm, quantise, linears, SwiGLU, residual) and attention. They hold
 //! indices and sizes; what they work on comes through [`Turn`]. Activations are `[1, tokens, width]` f32.
 
-use crate::arena::BLOCK_TOKENS;
 use crate::fuse::PROJECT;
 use crate::lower::{ATTEND, EMBED};
 use crate::onnx::{float, ints};
 use crate::turn::{Scratch, Turn};
 use millwright_kernels::packed::dequantise_row;
-use millwright_kernels::{Job, KV_BLOCK, Rows};
+use millwright_kernels::{Heads, Job, Rows, Token};
 use tract_onnx::pb::NodeProto;
 use tract_onnx::prelude::*;
 #[allow(clippy::wildcard_imports)] // tract's macros expect all of it
@@ -380,36 +379,36 @@ impl EvalOp for Attend {
             }
             for head in 0..self.kv_heads {
                 let at = i * kv_width + head * dim;
-                let key = &mut scratch.k[at..at + dim];
+                let (key, value) = (&mut scratch.k[at..at + dim], &v[at..at + dim]);
                 turn.kernel.rope(key, cos, sin);
-                let (keys, values) = arena.row_mut(row.slot, row.position, self.layer, head);
-                turn.kernel.to_f16(key, keys);
-                turn.kernel.to_f16(&v[at..at + dim], values);
+                let kernel = turn.kernel;
+                arena.store(kernel, row.slot, row.position, self.layer, head, key, value);
             }
         }
-        let mut out = blank(rows.len(), width)?;
-        let (arena, group, q, kernel) =
-            (&*arena, self.heads / self.kv_heads, &scratch.q, turn.kernel);
-        turn.pool.chunks(
-            out.try_as_plain_ram_mut()?.as_slice_mut::<f32>()?,
+        scratch.tokens.clear();
+        scratch.tokens.extend(rows.iter().map(|row| Token {
+            sequence: row.slot,
+            keys: row.position + 1,
+        }));
+        let heads = Heads {
+            query: self.heads,
+            kv: self.kv_heads,
             dim,
-            |unit, out| {
-                let (row, head) = (rows[unit / self.heads], unit % self.heads);
-                let block = |index: usize| arena.block(row.slot, index, self.layer, head / group);
-                kernel.attend(
-                    &q[unit * dim..][..dim],
-                    &block,
-                    row.position + 1,
-                    self.scale,
-                    out,
-                );
-            },
+            scale: self.scale,
+        };
+        let (arena, layer) = (&*arena, self.layer);
+        let mut out = blank(rows.len(), width)?;
+        turn.kernel.attend(
+            heads,
+            &scratch.tokens,
+            &scratch.q,
+            &|slot, block, head| arena.block(slot, block, layer, head),
+            out.try_as_plain_ram_mut()?.as_slice_mut::<f32>()?,
+            &turn.pool,
         );
         Ok(tvec![out.into_tvalue()])
     }
 }
-
-const _: () = assert!(BLOCK_TOKENS == KV_BLOCK);
 
 impl TypedOp for Attend {
     as_op!();

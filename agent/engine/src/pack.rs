@@ -1,8 +1,9 @@
 //! The packed file: a model's weights in the layout that this CPU's kernels read, written once by streaming, then
-//! mapped at every start. It can always be made anew from the bundle.
+//! mapped at every start. It can always be made anew from the bundle. Which kind a weight is packed as depends on
+//! its numbers: they are read when it is packed, and the file says it from then on.
 //!
 //! ```text
-//! 0        magic "MWPACK01"
+//! 0        magic "MWPACK02"
 //! 8        u32 length of the header, little-endian
 //! 12       [u8; 32] SHA-256 of the header
 //! 44       header, JSON
@@ -12,9 +13,9 @@
 use crate::bundle::{Bundle, BundleError, hex};
 use crate::map::Mapped;
 use crate::onnx::{Graph, GraphError};
-use crate::recipe::{Order, Recipe, WeightSource};
-use half::f16;
-use millwright_kernels::packed::{BLOCK, Layout, Packed, Shape, TILE_ROWS, pack_tile};
+use crate::recipe::{Recipe, WeightSource};
+use crate::source::{Source, kind_of};
+use millwright_kernels::packed::{BLOCK, Kind, Layout, Packed, Shape, TILE_ROWS, pack_tile};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
@@ -22,11 +23,15 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-const MAGIC: &[u8; 8] = b"MWPACK01";
+const MAGIC: &[u8; 8] = b"MWPACK02";
 const PREFIX: usize = 8 + 4 + 32;
 const HEADER_BYTES_MAX: usize = 4 << 20;
 const ALIGN: usize = 64;
 const PAGE: usize = 4096;
+/// Rows that are read at once: a column-major source holds them side by side in a cache line.
+const PANEL_ROWS: usize = 4 * TILE_ROWS;
+/// Bytes that are written between two times that the source's pages are let go.
+const FORGET_BYTES: usize = 8 << 20;
 /// No packing takes this long.
 const STALE: Duration = Duration::from_hours(1);
 
@@ -55,8 +60,6 @@ struct Header {
     source: String,
     /// `signed` or `offset`.
     layout: String,
-    /// The kinds used: so far `i8`.
-    kind: String,
     /// Of the whole file.
     bytes: usize,
     weights: Vec<Entry>,
@@ -69,6 +72,9 @@ struct Entry {
     name: String,
     rows: usize,
     cols: usize,
+    /// A weight's, by [`Kind::code`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kind: Option<u8>,
     offset: usize,
 }
 
@@ -89,10 +95,10 @@ impl Weights {
         layout: Layout,
         folder: &Path,
     ) -> Result<Self, PackError> {
-        let wanted = Header::plan(bundle, graph, recipe, layout)?;
-        let stem = wanted.stem();
+        let outline = Header::outline(bundle, graph, recipe, layout)?;
+        let stem = outline.stem();
         let path = folder.join(format!("{stem}.mwpk"));
-        match Self::map(&path, &wanted, layout) {
+        match Self::map(&path, &outline, recipe, layout) {
             Ok(weights) => return Ok(weights),
             Err(why) if path.exists() => tracing::warn!("{} is packed anew: {why}", path.display()),
             Err(_) => tracing::info!(
@@ -102,6 +108,7 @@ impl Weights {
             ),
         }
         bundle.verify()?;
+        let wanted = outline.clone().placed(&kinds(graph, recipe)?);
         let write = |source| PackError::Write {
             path: path.clone(),
             bytes: wanted.bytes as u64,
@@ -123,10 +130,10 @@ impl Weights {
             let _ = fs::remove_file(&partial);
         }
         written?;
-        Self::map(&path, &wanted, layout).map_err(|why| write(io::Error::other(why)))
+        Self::map(&path, &outline, recipe, layout).map_err(|why| write(io::Error::other(why)))
     }
 
-    fn map(path: &Path, wanted: &Header, layout: Layout) -> Result<Self, String> {
+    fn map(path: &Path, outline: &Header, recipe: &Recipe, layout: Layout) -> Result<Self, String> {
         let map = Mapped::open(path).map_err(|e| e.to_string())?;
         let bytes = map.bytes();
         let prefix = bytes.get(..PREFIX).ok_or("it is too short")?;
@@ -141,7 +148,8 @@ impl Weights {
             return Err("its header was altered".into());
         }
         let header: Header = serde_json::from_slice(header).map_err(|e| e.to_string())?;
-        if header != *wanted {
+        let kinds = header.kinds(recipe);
+        if kinds.is_none_or(|kinds| header != outline.clone().placed(&kinds)) {
             return Err("it was packed from another model or for another CPU".into());
         }
         if bytes.len() != header.bytes {
@@ -161,9 +169,9 @@ impl Weights {
     /// A weight, `[rows, cols]`.
     pub(crate) fn weight(&self, index: usize) -> Packed<'_> {
         let entry = &self.header.weights[index];
-        let shape = Shape::new(entry.rows, entry.cols).expect("planned from a valid shape");
-        let bytes = &self.map.bytes()[entry.offset..entry.offset + shape.bytes()];
-        Packed::new(shape, self.layout, bytes).expect("the length is the shape's")
+        let (shape, kind) = entry.packed().expect("planned from a valid shape");
+        let bytes = &self.map.bytes()[entry.offset..entry.offset + shape.bytes(kind)];
+        Packed::new(kind, shape, self.layout, bytes).expect("the length is the shape's")
     }
 
     /// A table of f32 values.
@@ -182,12 +190,42 @@ impl Weights {
     /// Bytes of all packed weights that one token's forward pass reads: each weight once, the embedding's
     /// other use being a single row of it.
     pub(crate) fn bytes_per_token(&self) -> usize {
-        let shapes = self
-            .header
-            .weights
-            .iter()
-            .filter_map(|e| Shape::new(e.rows, e.cols));
-        shapes.map(|shape| shape.bytes()).sum()
+        let weights = self.header.weights.iter().filter_map(Entry::packed);
+        weights.map(|(shape, kind)| shape.bytes(kind)).sum()
+    }
+}
+
+/// The kind of each weight, by its numbers.
+fn kinds(graph: &Graph, recipe: &Recipe) -> Result<Vec<Kind>, PackError> {
+    let kind = |source| {
+        let kind = Source::open(graph, source)?.kind();
+        graph.forget();
+        kind
+    };
+    recipe.weights.iter().map(kind).collect()
+}
+
+impl Entry {
+    fn new(name: &str, rows: usize, cols: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            rows,
+            cols,
+            kind: None,
+            offset: 0,
+        }
+    }
+
+    /// How a weight is packed, once that is known; a table isn't.
+    fn packed(&self) -> Option<(Shape, Kind)> {
+        Shape::new(self.rows, self.cols).zip(Kind::from_code(self.kind?))
+    }
+
+    fn bytes(&self) -> usize {
+        match self.packed() {
+            Some((shape, kind)) => shape.bytes(kind),
+            None => self.rows * self.cols * size_of::<f32>(),
+        }
     }
 }
 
@@ -214,66 +252,77 @@ impl Header {
         format!("{}-{}-{digest}", &self.source[..16], self.layout)
     }
 
-    fn plan(
+    /// Everything but the kinds, and what follows from them.
+    fn outline(
         bundle: &Bundle,
         graph: &Graph,
         recipe: &Recipe,
         layout: Layout,
     ) -> Result<Self, PackError> {
-        let mut header = Self {
+        let weight = |source: &WeightSource| {
+            let entry = Entry::new(&source.values, source.rows, source.cols);
+            let shape = Shape::new(source.rows, source.cols);
+            shape.map(|_| entry).ok_or_else(|| PackError::Weight {
+                name: source.values.clone(),
+                reason: format!("[{}, {}] is out of range", source.rows, source.cols),
+            })
+        };
+        let table = |name: &String| {
+            let values = graph
+                .initializer(name)
+                .filter(|_| graph.is_f32_initializer(name));
+            let count = values.and_then(|tensor| {
+                let mut dims = tensor.dims.iter();
+                dims.try_fold(1usize, |all, &n| all.checked_mul(usize::try_from(n).ok()?))
+            });
+            let entry = count.map(|count| Entry::new(name, count, 1));
+            entry.ok_or_else(|| PackError::Weight {
+                name: name.clone(),
+                reason: "it is no f32 tensor".into(),
+            })
+        };
+        Ok(Self {
             source: bundle.digest(),
             layout: match layout {
                 Layout::Signed => "signed".into(),
                 Layout::Offset => "offset".into(),
             },
-            kind: "i8".into(),
             bytes: 0,
-            weights: Vec::new(),
-            tables: Vec::new(),
-        };
-        let mut sizes = Vec::new();
-        for source in &recipe.weights {
-            let shape = Shape::new(source.rows, source.cols).ok_or_else(|| PackError::Weight {
-                name: source.values.clone(),
-                reason: format!("[{}, {}] is out of range", source.rows, source.cols),
-            })?;
-            sizes.push(shape.bytes());
-            let name = source.values.clone();
-            header.weights.push(Entry {
-                name,
-                rows: source.rows,
-                cols: source.cols,
-                offset: 0,
-            });
-        }
-        for name in &recipe.tables {
-            let values = graph.f32s(name).ok_or_else(|| PackError::Weight {
-                name: name.clone(),
-                reason: "it is no f32 tensor".into(),
-            })??;
-            sizes.push(values.len() * 4);
-            header.tables.push(Entry {
-                name: name.clone(),
-                rows: values.len(),
-                cols: 1,
-                offset: 0,
-            });
+            weights: recipe
+                .weights
+                .iter()
+                .map(weight)
+                .collect::<Result<_, _>>()?,
+            tables: recipe.tables.iter().map(table).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The kinds that a file states, if they are as many as the recipe's weights and could be theirs.
+    fn kinds(&self, recipe: &Recipe) -> Option<Vec<Kind>> {
+        let stated = self.weights.iter().zip(&recipe.weights).map(|(entry, of)| {
+            let kind = Kind::from_code(entry.kind?)?;
+            (kind == kind_of(of, kind.scales())).then_some(kind)
+        });
+        let kinds: Option<Vec<Kind>> = stated.collect();
+        kinds.filter(|kinds| kinds.len() == recipe.weights.len())
+    }
+
+    /// The whole header of a file with weights of these kinds.
+    fn placed(mut self, kinds: &[Kind]) -> Self {
+        for (entry, kind) in self.weights.iter_mut().zip(kinds) {
+            entry.kind = Some(kind.code());
         }
         // The header is written before the data; its own length is bounded by this many digits more.
+        let entries = self.weights.len() + self.tables.len();
         let room =
-            PREFIX + serde_json::to_vec(&header).unwrap_or_default().len() + (sizes.len() + 1) * 20;
+            PREFIX + serde_json::to_vec(&self).unwrap_or_default().len() + (entries + 1) * 20;
         let mut offset = room.next_multiple_of(PAGE);
-        for (entry, size) in header
-            .weights
-            .iter_mut()
-            .chain(&mut header.tables)
-            .zip(sizes)
-        {
+        for entry in self.weights.iter_mut().chain(&mut self.tables) {
             entry.offset = offset;
-            offset = (offset + size).next_multiple_of(ALIGN);
+            offset = (offset + entry.bytes()).next_multiple_of(ALIGN);
         }
-        header.bytes = offset;
-        Ok(header)
+        self.bytes = offset;
+        self
     }
 
     /// Writes the file under a partial name and renames it when all of it is on disk.
@@ -303,7 +352,8 @@ impl Header {
         out.write_all(&header).map_err(failed)?;
         for (entry, source) in self.weights.iter().zip(&recipe.weights) {
             out.pad_to(entry.offset).map_err(failed)?;
-            write_weight(graph, source, layout, &mut out, &failed)?;
+            let (_, kind) = entry.packed().expect("placed with its kind");
+            write_weight(graph, source, kind, layout, &mut out, &failed)?;
         }
         for entry in &self.tables {
             out.pad_to(entry.offset).map_err(failed)?;
@@ -326,56 +376,38 @@ impl Header {
 fn write_weight(
     graph: &Graph,
     source: &WeightSource,
+    kind: Kind,
     layout: Layout,
     out: &mut impl Write,
     failed: &dyn Fn(io::Error) -> PackError,
 ) -> Result<(), PackError> {
-    let missing = || PackError::Weight {
-        name: source.values.clone(),
-        reason: "it is missing".into(),
-    };
-    let values = graph.bytes(graph.initializer(&source.values).ok_or_else(missing)?)?;
-    let scales = graph.bytes(graph.initializer(&source.scales).ok_or_else(missing)?)?;
-    let (rows, cols, blocks) = (source.rows, source.cols, source.cols / BLOCK);
-    let scale = |row: usize, block: usize| {
-        let at = 4 * match source.order {
-            Order::RowMajor => row * blocks + block,
-            Order::ColumnMajor => block * rows + row,
-        };
-        f32::from_le_bytes([scales[at], scales[at + 1], scales[at + 2], scales[at + 3]])
-    };
-    let exact = |row, block| {
-        f16::from_f32(scale(row, block)).to_f32().to_bits() == scale(row, block).to_bits()
-    };
-    if let Some((row, block)) = (0..rows)
-        .flat_map(|r| (0..blocks).map(move |b| (r, b)))
-        .find(|&(r, b)| !exact(r, b))
-    {
-        let reason = format!(
-            "the scale {} of row {row}, block {block} is no f16",
-            scale(row, block)
-        );
-        return Err(PackError::Weight {
-            name: source.scales.clone(),
-            reason,
-        });
-    }
-    let mut tile = vec![0; TILE_ROWS * cols + TILE_ROWS * blocks * 2];
-    for first in (0..rows).step_by(TILE_ROWS) {
-        let weight = |row: usize, col: usize| match source.order {
-            Order::RowMajor => values[(first + row) * cols + col] as i8,
-            Order::ColumnMajor => values[col * rows + first + row] as i8,
-        };
-        let valid = TILE_ROWS.min(rows - first);
-        pack_tile(
-            layout,
-            cols,
-            valid,
-            weight,
-            |r, b| f16::from_f32(scale(first + r, b)).to_bits(),
-            &mut tile,
-        );
-        out.write_all(&tile).map_err(failed)?;
+    let numbers = Source::open(graph, source)?;
+    let (rows, cols) = (source.rows, source.cols);
+    let mut panel = Vec::new();
+    let mut tile = vec![0; cols / BLOCK * kind.block_bytes()];
+    let mut since = 0;
+    for first in (0..rows).step_by(PANEL_ROWS) {
+        let last = rows.min(first + PANEL_ROWS);
+        numbers.rows(first..last, &mut panel);
+        for (at, panel) in panel.chunks(TILE_ROWS * cols).enumerate() {
+            let first = first + at * TILE_ROWS;
+            pack_tile(
+                kind,
+                layout,
+                cols,
+                panel.len() / cols,
+                |row, col| panel[row * cols + col],
+                |row, group| numbers.scale(first + row, group),
+                |row, group| numbers.minimum(first + row, group),
+                &mut tile,
+            );
+            out.write_all(&tile).map_err(failed)?;
+            since += tile.len();
+        }
+        if since >= FORGET_BYTES || last == rows {
+            graph.forget();
+            since = 0;
+        }
     }
     Ok(())
 }

@@ -1,18 +1,52 @@
 //! What the engine needs of a model beside its graph: which weights to pack, which small tables to keep, and the
 //! sizes of its attention. Lowering fills it, packing follows it.
 
-/// A weight to be packed: `[rows, cols]`, one output per row, int8 with a scale per 32 columns.
+/// A weight to be packed: `[rows, cols]`, one output per row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct WeightSource {
-    /// The int8 initializer.
+    /// The initializer of the weights.
     pub(crate) values: String,
-    /// The f32 initializer with one scale per 32 inputs and output.
+    /// The initializer with one scale per group of inputs and output.
     pub(crate) scales: String,
     /// Outputs.
     pub(crate) rows: usize,
     /// Inputs; a multiple of 32.
     pub(crate) cols: usize,
-    pub(crate) order: Order,
+    pub(crate) form: Form,
+}
+
+/// What the initializers hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// int8 with an f32 scale per 32 columns.
+    Eight(Order),
+    /// Pairs of four bits, `[rows, groups, block / 2]`, with a scale, f32 or f16, per `block` columns: a power of
+    /// two from 16. A last group that `cols` doesn't fill is there in full.
+    Four {
+        block: usize,
+        zero_points: ZeroPoints,
+    },
+}
+
+impl Form {
+    /// Columns that share a scale.
+    pub(crate) fn block(&self) -> usize {
+        match self {
+            Self::Eight(_) => millwright_kernels::packed::BLOCK,
+            Self::Four { block, .. } => *block,
+        }
+    }
+}
+
+/// What four-bit weights are counted from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ZeroPoints {
+    /// 8 everywhere.
+    Absent,
+    /// The initializer of pairs of four bits, `[rows, groups / 2 rounded up]`.
+    Packed(String),
+    /// The initializer of numbers, f32 or f16, `[rows, groups]`.
+    Floats(String),
 }
 
 /// How a weight lies in its initializer.

@@ -3,7 +3,7 @@
 
 use crate::arena::Arena;
 use crate::pack::Weights;
-use millwright_kernels::{Kernel, Pool, Quantised};
+use millwright_kernels::{Kernel, Pool, Quantised, Token};
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -44,4 +44,6 @@ pub(crate) struct Scratch {
     pub(crate) sampled: Vec<f32>,
     pub(crate) q: Vec<f32>,
     pub(crate) k: Vec<f32>,
+    /// The batch as attention sees it.
+    pub(crate) tokens: Vec<Token>,
 }

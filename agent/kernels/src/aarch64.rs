@@ -46,8 +46,10 @@ type I = [int32x4_t; 4];
 
 impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     type F = F;
-    type I = I;
+    type Sums = I;
     const TOKENS: usize = 4;
+    const VECTORS: usize = 1;
+    const OFFSET: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -73,6 +75,20 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
             widen_low(half[1]),
             widen_high(half[1])
         ])
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> F {
+        op! {
+            let x = vld1q_s8(x.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x));
+            [
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_high_s16(high)),
+            ]
+        }
     }
 
     #[inline(always)]
@@ -148,22 +164,44 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     }
 
     #[inline(always)]
-    fn sums(self, x: &[F; 16]) -> F {
-        each!(I: sums4(&x[4 * I], &x[4 * I + 1], &x[4 * I + 2], &x[4 * I + 3]))
-    }
-
-    #[inline(always)]
-    fn dot<const T: usize>(self, w: &Weights, a: &[Activations; T], _: &[i32; T]) -> [I; T] {
-        if DOTPROD {
-            op!(dot_sdot(w, a))
-        } else {
-            op!(dot_smull(w, a))
+    fn start<const T: usize>(self, from: [i32; T]) -> [I; T] {
+        let mut sums = [op!([vdupq_n_s32(0); 4]); T];
+        for token in 0..T {
+            sums[token] = op!([vdupq_n_s32(from[token]); 4]);
         }
+        sums
     }
 
     #[inline(always)]
-    fn to_f32(self, x: I) -> F {
-        each!(I: vcvtq_f32_s32(x[I]))
+    fn dot<const T: usize>(self, sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
+        let load =
+            |k4: usize, quad: usize| op!(vld1q_s8(w[k4].as_ptr().cast::<i8>().add(16 * quad)));
+        op!(add_products::<DOTPROD, T>(sums, load, a))
+    }
+
+    #[inline(always)]
+    fn dot_nibbles<const T: usize, const HIGH: bool>(
+        self,
+        sums: [I; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [I; T] {
+        let load = |k4: usize, quad: usize| {
+            op! {
+                let w = vld1q_u8(w[k4].as_ptr().add(16 * quad));
+                vreinterpretq_s8_u8(if HIGH { vshrq_n_u8::<4>(w) } else { vandq_u8(w, vdupq_n_u8(15)) })
+            }
+        };
+        op!(add_products::<DOTPROD, T>(sums, load, a))
+    }
+
+    #[inline(always)]
+    fn finish<const T: usize>(self, sums: [I; T]) -> [F; T] {
+        let mut out = [op!([vdupq_n_f32(0.0); 4]); T];
+        for token in 0..T {
+            out[token] = each!(Q: vcvtq_f32_s32(sums[token][Q]));
+        }
+        out
     }
 }
 
@@ -204,25 +242,6 @@ unsafe fn narrow(low: float32x4_t, high: float32x4_t) -> uint16x8_t {
     out
 }
 
-/// The sums of four vectors: lanes 8 further, then 4, 2 and 1.
-#[inline(always)]
-unsafe fn sums4(a: &F, b: &F, c: &F, d: &F) -> float32x4_t {
-    // SAFETY: the caller has neon.
-    unsafe { vpaddq_f32(fold2(a, b), fold2(c, d)) }
-}
-
-/// Two vectors down to two lanes each: a0 a1 b0 b1.
-#[inline(always)]
-unsafe fn fold2(a: &F, b: &F) -> float32x4_t {
-    // SAFETY: the caller has neon.
-    unsafe {
-        let a = vreinterpretq_f64_f32(vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3])));
-        let b = vreinterpretq_f64_f32(vaddq_f32(vaddq_f32(b[0], b[2]), vaddq_f32(b[1], b[3])));
-        let (low, high) = (vzip1q_f64(a, b), vzip2q_f64(a, b));
-        vaddq_f32(vreinterpretq_f32_f64(low), vreinterpretq_f32_f64(high))
-    }
-}
-
 /// `$sum += ` the products of four rows' four bytes with lane `$lane` of the activations.
 macro_rules! sdot {
     ($sum:expr, $w:expr, $a:expr, $lane:literal) => {
@@ -234,62 +253,48 @@ macro_rules! sdot {
     };
 }
 
-/// # Safety
-/// Needs dotprod.
-#[inline(always)]
-unsafe fn dot_sdot<const T: usize>(w: &Weights, a: &[Activations; T]) -> [I; T] {
-    // SAFETY: the caller has dotprod; loads stay within the references.
-    unsafe {
-        let mut sums = [[vdupq_n_s32(0); 4]; T];
-        for half in 0..2 {
-            let mut x = [vdupq_n_s8(0); T];
-            for token in 0..T {
-                x[token] = vld1q_s8(a[token].as_ptr().add(16 * half));
-            }
-            let w = w.as_ptr().cast::<i8>().add(256 * half);
-            for quad in 0..4 {
-                let (w0, w1) = (vld1q_s8(w.add(16 * quad)), vld1q_s8(w.add(64 + 16 * quad)));
-                let (w2, w3) = (
-                    vld1q_s8(w.add(128 + 16 * quad)),
-                    vld1q_s8(w.add(192 + 16 * quad)),
-                );
-                for token in 0..T {
-                    sdot!(sums[token][quad], w0, x[token], "0");
-                    sdot!(sums[token][quad], w1, x[token], "1");
-                    sdot!(sums[token][quad], w2, x[token], "2");
-                    sdot!(sums[token][quad], w3, x[token], "3");
-                }
-            }
-        }
-        sums
-    }
-}
-
-/// Rows 0 and 1 of four are the low half of a register, 2 and 3 the high one, four bytes of K each. Two
-/// such registers, four of K apart, are multiplied and added in 16 bits, then neighbours are added in 32.
+/// Adds to `sums` the products of four rows' (`quad`) four bytes (`k4`), as `load` gives them, with each token's.
+/// Without dotprod: rows 0 and 1 of four are the low half of a register, 2 and 3 the high one; two such registers,
+/// four of K apart, are multiplied and added in 16 bits, then neighbours in 32.
 ///
 /// # Safety
-/// Needs neon.
+/// Needs neon, and dotprod if `DOTPROD`.
 #[inline(always)]
-unsafe fn dot_smull<const T: usize>(w: &Weights, a: &[Activations; T]) -> [I; T] {
-    // SAFETY: the caller has neon; loads stay within the references.
+unsafe fn add_products<const DOTPROD: bool, const T: usize>(
+    mut sums: [I; T],
+    load: impl Fn(usize, usize) -> int8x16_t,
+    a: [&Activations; T],
+) -> [I; T] {
+    // SAFETY: the caller has the features; loads stay within the references.
     unsafe {
-        let mut sums = [[vdupq_n_s32(0); 4]; T];
-        let w = w.as_ptr().cast::<i8>();
+        let mut x = [vdupq_n_s8(0); T];
         for token in 0..T {
-            for quad in 0..4 {
-                let (mut low, mut high) = (vdupq_n_s32(0), vdupq_n_s32(0));
-                for pair in 0..4 {
-                    let x = a[token].as_ptr().cast::<i32>().add(2 * pair);
-                    let x0 = vreinterpretq_s8_s32(vdupq_n_s32(x.read_unaligned()));
-                    let x1 = vreinterpretq_s8_s32(vdupq_n_s32(x.add(1).read_unaligned()));
-                    let w0 = vld1q_s8(w.add(128 * pair + 16 * quad));
-                    let w1 = vld1q_s8(w.add(128 * pair + 64 + 16 * quad));
-                    let products = vmull_s8(vget_low_s8(w0), vget_low_s8(x0));
-                    low = vpadalq_s16(low, vmlal_s8(products, vget_low_s8(w1), vget_low_s8(x1)));
-                    high = vpadalq_s16(high, vmlal_high_s8(vmull_high_s8(w0, x0), w1, x1));
+            x[token] = vld1q_s8(a[token].as_ptr());
+        }
+        for quad in 0..4 {
+            let w = [load(0, quad), load(1, quad), load(2, quad), load(3, quad)];
+            for token in 0..T {
+                let (sum, x) = (&mut sums[token][quad], x[token]);
+                if DOTPROD {
+                    sdot!(*sum, w[0], x, "0");
+                    sdot!(*sum, w[1], x, "1");
+                    sdot!(*sum, w[2], x, "2");
+                    sdot!(*sum, w[3], x, "3");
+                } else {
+                    let x = vreinterpretq_s32_s8(x);
+                    let x0 = vreinterpretq_s8_s32(vdupq_laneq_s32::<0>(x));
+                    let x1 = vreinterpretq_s8_s32(vdupq_laneq_s32::<1>(x));
+                    let x2 = vreinterpretq_s8_s32(vdupq_laneq_s32::<2>(x));
+                    let x3 = vreinterpretq_s8_s32(vdupq_laneq_s32::<3>(x));
+                    let low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x0));
+                    let low = vpaddlq_s16(vmlal_s8(low, vget_low_s8(w[1]), vget_low_s8(x1)));
+                    let high = vpaddlq_s16(vmlal_high_s8(vmull_high_s8(w[0], x0), w[1], x1));
+                    let more = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
+                    let low = vpadalq_s16(low, vmlal_s8(more, vget_low_s8(w[3]), vget_low_s8(x3)));
+                    let more = vmlal_high_s8(vmull_high_s8(w[2], x2), w[3], x3);
+                    let high = vpadalq_s16(high, more);
+                    *sum = vaddq_s32(*sum, vpaddq_s32(low, high));
                 }
-                sums[token][quad] = vpaddq_s32(low, high);
             }
         }
         sums

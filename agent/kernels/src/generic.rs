@@ -1,33 +1,19 @@
-//! Every operation, once, on top of sixteen lanes. ARITHMETIC.md says the same in words; keep them equal.
-//! Nothing here knows a CPU: `entry` puts these functions into ones with target features.
+//! The operations on rows of activations, once, on top of sixteen lanes; linears are in `matmul`, attention in
+//! `attention`. ARITHMETIC.md says the same in words; keep them equal. Nothing here knows a CPU: `ops` puts these
+//! functions into ones with target features.
 
 use crate::math;
-use crate::packed::{BLOCK_BYTES, SCALE_BYTES};
 use crate::simd::Simd;
 
-/// Positions in a KV block, and keys in a tile of the softmax.
-pub const KV_BLOCK: usize = 64;
-/// Largest head that [`attend`] has room for.
-pub const HEAD_MAX: usize = 256;
-/// Tokens that lie together in a `Quantised`.
-pub(crate) const GROUP: usize = 8;
 /// Blocks below this (2^-100) are zero: 127 / amax must stay finite.
 const AMAX_MIN: f32 = 7.888_609e-31;
 
-/// One KV block of one head: keys and values, both `[64, head]` f16.
-pub(crate) type Blocks<'f, 'kv> = dyn Fn(usize) -> (&'kv [u16], &'kv [u16]) + 'f;
-
-/// Activations of a group of tokens, all `[blocks]`.
-#[derive(Copy, Clone)]
-pub(crate) struct GroupView<'a> {
-    pub(crate) q: &'a [[[i8; 32]; GROUP]],
-    pub(crate) scale: &'a [[f32; GROUP]],
-    pub(crate) offset: &'a [[i32; GROUP]],
-}
-
 /// Where one token's quantised blocks go.
 pub(crate) trait Sink {
-    fn put(&mut self, block: usize) -> (&mut [i8; 32], &mut f32, &mut i32);
+    /// The place of a block's bytes.
+    fn bytes(&mut self, block: usize) -> &mut [i8; 32];
+    /// Takes the block's scale and the sums of its halves.
+    fn finish(&mut self, block: usize, scale: f32, halves: [i32; 2]);
 }
 
 /// Rows of activations that are computed on their way into the quantisation.
@@ -93,24 +79,27 @@ pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, sink: &mut impl S
         let low = s.nan_to_zero(element(s, row, factor, block * 32));
         let high = s.nan_to_zero(element(s, row, factor, block * 32 + 16));
         let amax = max_lane(s, s.max(s.abs(low), s.abs(high)));
-        let (q, scale, offset) = sink.put(block);
-        let [q_low, q_high] = q.as_chunks_mut::<16>().0 else {
-            unreachable!()
-        };
+        let q = sink.bytes(block);
         if amax >= AMAX_MIN && amax.is_finite() {
             let inverse = s.splat(127.0 / amax);
+            let [q_low, q_high] = q.as_chunks_mut::<16>().0 else {
+                unreachable!()
+            };
             // |x| · (127 / amax) is at most 127.00002, which rounds to 127: nothing to clamp.
-            let sum = s.store_i8(s.round(s.mul(low, inverse)), q_low)
-                + s.store_i8(s.round(s.mul(high, inverse)), q_high);
-            (*scale, *offset) = (amax / 127.0, -128 * sum);
+            let halves = [
+                s.store_i8(s.round(s.mul(low, inverse)), q_low),
+                s.store_i8(s.round(s.mul(high, inverse)), q_high),
+            ];
+            sink.finish(block, amax / 127.0, halves);
         } else {
-            (*q, *scale, *offset) = ([0; 32], 0.0, 0);
+            *q = [0; 32];
+            sink.finish(block, 0.0, [0; 2]);
         }
     }
 }
 
 #[inline(always)]
-fn max_lane<S: Simd>(s: S, x: S::F) -> f32 {
+pub(crate) fn max_lane<S: Simd>(s: S, x: S::F) -> f32 {
     let mut lanes = [0.0; 16];
     s.store(x, &mut lanes);
     for step in [8, 4, 2, 1] {
@@ -120,39 +109,6 @@ fn max_lane<S: Simd>(s: S, x: S::F) -> f32 {
         }
     }
     lanes[0]
-}
-
-/// One tile of sixteen rows times `T` tokens of a group, from `first` on.
-#[inline(always)]
-pub(crate) fn tile<S: Simd, const T: usize>(
-    s: S,
-    w: &[[u8; BLOCK_BYTES]],
-    a: GroupView,
-    first: usize,
-    out: &mut [[f32; 16]; T],
-) {
-    let mut sums = [s.splat(0.0); T];
-    for (((w, q), scale), offset) in w.iter().zip(a.q).zip(a.scale).zip(a.offset) {
-        let (w_scale, w) = w
-            .split_first_chunk::<SCALE_BYTES>()
-            .expect("a block has scales");
-        let w_scale = s.load_f16(w_scale);
-        let w = w.try_into().expect("a block has weights");
-        let q = q[first..first + T]
-            .try_into()
-            .expect("a group has the tokens");
-        let offset = offset[first..first + T]
-            .try_into()
-            .expect("a group has the tokens");
-        let dots = s.dot::<T>(w, q, offset);
-        for token in 0..T {
-            let scale = s.mul(w_scale, s.splat(scale[first + token]));
-            sums[token] = s.fma(s.to_f32(dots[token]), scale, sums[token]);
-        }
-    }
-    for token in 0..T {
-        s.store(sums[token], &mut out[token]);
-    }
 }
 
 #[inline(always)]
@@ -227,128 +183,24 @@ pub(crate) fn to_f16<S: Simd>(s: S, x: &[f32], out: &mut [u16]) {
     }
 }
 
-/// One query against `keys` keys, softmax over absolute tiles of 64 keys.
+/// Quantises one whole vector symmetrically to bytes; the scale.
 #[inline(always)]
-pub(crate) fn attend<S: Simd>(
-    s: S,
-    q: &[f32],
-    blocks: &Blocks,
-    keys: usize,
-    scale: f32,
-    out: &mut [f32],
-) {
-    let head = q.len();
-    // Both padded with zeros to whole vectors, which adds nothing to a dot product.
-    let mut query = [0.0; HEAD_MAX];
-    query[..head].copy_from_slice(q);
-    let mut sums = [0.0; HEAD_MAX];
-    let mut p = [0.0; KV_BLOCK];
-    let (mut top, mut total) = (f32::NEG_INFINITY, 0.0f32);
-    for block in 0..keys.div_ceil(KV_BLOCK) {
-        let present = (keys - block * KV_BLOCK).min(KV_BLOCK);
-        let (k, v) = blocks(block);
-        assert!(
-            k.len() == KV_BLOCK * head && v.len() == KV_BLOCK * head,
-            "block {block} is not [64, {head}]"
-        );
-        scores(s, &query, head, k, present, scale, &mut p);
-        let new_top = max_score(s, &p, top);
-        let decay = math::exp(top - new_top);
-        let mut weights = s.splat(0.0);
-        for p in p.as_chunks_mut::<16>().0 {
-            let e = exp(s, s.sub(s.load(p), s.splat(new_top)));
-            weights = s.add(weights, e);
-            s.store(e, p);
-        }
-        total = total.mul_add(decay, s.sum(weights));
-        top = new_top;
-        accumulate(s, &p[..present], v, head, decay, &mut sums);
+pub(crate) fn to_i8<S: Simd>(s: S, x: &[f32], out: &mut [i8]) -> f32 {
+    let mut top = s.splat(0.0);
+    for x in x.chunks(16) {
+        top = s.max(s.abs(s.nan_to_zero(s.load_part(x))), top);
     }
-    for (sums, out) in sums.chunks(16).zip(out.chunks_mut(16)) {
-        let y = s.div(s.load_part(sums), s.splat(total));
-        s.store_part(y, out);
+    let amax = max_lane(s, top);
+    if !(amax >= AMAX_MIN && amax.is_finite()) {
+        out.fill(0);
+        return 0.0;
     }
-}
-
-/// The scaled products of the query with the `present` keys of a block; −∞ for the others.
-#[inline(always)]
-fn scores<S: Simd>(
-    s: S,
-    q: &[f32; HEAD_MAX],
-    head: usize,
-    k: &[u16],
-    present: usize,
-    scale: f32,
-    p: &mut [f32; 64],
-) {
-    for (group, p) in p.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        if group * 16 >= present {
-            p.fill(f32::NEG_INFINITY);
-            continue;
-        }
-        let k = &k[group * 16 * head..][..16 * head];
-        let mut sums = [s.splat(0.0); 16];
-        for (sum, k) in sums.iter_mut().zip(k.chunks_exact(head)) {
-            for (k, q) in k.chunks(16).zip(q.as_chunks().0) {
-                *sum = s.fma(s.load_f16_part(k), s.load(q), *sum);
-            }
-        }
-        s.store(s.mul(s.sums(&sums), s.splat(scale)), p);
-        // What lies behind the last key is somebody else's or nobody's.
-        for p in p.iter_mut().skip(present - group * 16) {
-            *p = f32::NEG_INFINITY;
-        }
+    let inverse = s.splat(127.0 / amax);
+    for (x, out) in x.chunks(16).zip(out.chunks_mut(16)) {
+        let x = s.nan_to_zero(s.load_part(x));
+        let mut lanes = [0; 16];
+        s.store_i8(s.round(s.mul(x, inverse)), &mut lanes);
+        out.copy_from_slice(&lanes[..out.len()]);
     }
-}
-
-#[inline(always)]
-fn max_score<S: Simd>(s: S, p: &[f32; 64], top: f32) -> f32 {
-    let [a, b, c, d] = p.as_chunks().0 else {
-        unreachable!()
-    };
-    let tile = s.max(s.max(s.load(a), s.load(b)), s.max(s.load(c), s.load(d)));
-    let tile = max_lane(s, tile);
-    if top > tile { top } else { tile }
-}
-
-/// `sums = sums * decay + Σ p_j · v_j`, j ascending.
-#[inline(always)]
-fn accumulate<S: Simd>(
-    s: S,
-    p: &[f32],
-    v: &[u16],
-    head: usize,
-    decay: f32,
-    sums: &mut [f32; HEAD_MAX],
-) {
-    let mut at = 0;
-    // Four vectors at a time hide the latency of the multiply-adds.
-    while at + 64 <= head {
-        let [a, b, c, d] = sums[at..at + 64].as_chunks_mut().0 else {
-            unreachable!()
-        };
-        let decay = s.splat(decay);
-        let (mut x0, mut x1) = (s.mul(s.load(a), decay), s.mul(s.load(b), decay));
-        let (mut x2, mut x3) = (s.mul(s.load(c), decay), s.mul(s.load(d), decay));
-        for (p, v) in p.iter().zip(v.chunks_exact(head)) {
-            let (p, v) = (s.splat(*p), &v[at..at + 64]);
-            x0 = s.fma(p, s.load_f16_part(&v[..16]), x0);
-            x1 = s.fma(p, s.load_f16_part(&v[16..32]), x1);
-            x2 = s.fma(p, s.load_f16_part(&v[32..48]), x2);
-            x3 = s.fma(p, s.load_f16_part(&v[48..]), x3);
-        }
-        s.store(x0, a);
-        s.store(x1, b);
-        s.store(x2, c);
-        s.store(x3, d);
-        at += 64;
-    }
-    for at in (at..head).step_by(16) {
-        let out = &mut sums[at..at + 16];
-        let mut x = s.mul(s.load_part(out), s.splat(decay));
-        for (p, v) in p.iter().zip(v.chunks_exact(head)) {
-            x = s.fma(s.splat(*p), s.load_f16_part(part(v, at)), x);
-        }
-        s.store_part(x, out);
-    }
+    amax / 127.0
 }

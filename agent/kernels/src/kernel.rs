@@ -1,6 +1,8 @@
 //! Which kernel computes, and the safe way in: every argument is checked here, once per call.
 
-use crate::generic::{Blocks, HEAD_MAX, Row};
+use crate::attention::{KV_BLOCK, KvBlock, QUERIES_MAX, Query};
+use crate::generic::Row;
+use crate::heads::{Heads, Token};
 use crate::matmul::{Job, Output};
 use crate::ops::{self, Ops};
 use crate::packed::{Layout, Packed};
@@ -121,7 +123,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel of that name: `scalar`, `avx2`, `avx512vnni`, `neon`, `dotprod` or `reference`.
+    /// The kernel of that name: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `neon`, `dotprod` or `reference`.
     pub fn named(name: &str) -> Result<Self, KernelError> {
         if name == "reference" {
             // Whatever is not a linear is bit-equal anyway, so it may as well be fast.
@@ -363,28 +365,88 @@ impl Kernel {
         unsafe { (self.ops.to_f16)(x, out) }
     }
 
-    /// Attention of one query head `q` `[head]` over the first `keys` positions of a sequence. `blocks(i)` gives the
-    /// keys and the values of positions `64 i..64 i + 64` of the head's cache, both `[64, head]` f16; positions
-    /// from `keys` on are not looked at. `out` is `[head]`.
+    /// `x` as bytes times a scale, which is returned: how an 8-bit cache holds a key or a value.
     ///
     /// # Panics
-    /// If the sizes don't fit, `head` is above 256 or `keys` is zero.
+    /// If the sizes differ.
+    pub fn to_i8(&self, x: &[f32], out: &mut [i8]) -> f32 {
+        assert_eq!(x.len(), out.len(), "f32 and bytes differ in size");
+        // SAFETY: this kernel was detected.
+        unsafe { (self.ops.to_i8)(x, out) }
+    }
+
+    /// Causal attention of a flat batch. `q` and `out` are `[tokens, query heads · dim]`; `blocks(sequence, i, head)`
+    /// gives positions `64 i..64 i + 64` of one KV head's cache, of which those from a token's `keys` on are not
+    /// looked at. Split over the pool.
+    ///
+    /// # Panics
+    /// If the sizes don't fit or a token sees nothing.
     pub fn attend<'kv>(
         &self,
+        heads: Heads,
+        batch: &[Token],
         q: &[f32],
-        blocks: &dyn Fn(usize) -> (&'kv [u16], &'kv [u16]),
-        keys: usize,
-        scale: f32,
+        blocks: &(dyn Fn(usize, usize, usize) -> KvBlock<'kv> + Sync),
         out: &mut [f32],
+        pool: &Pool,
     ) {
+        let width = heads.query * heads.dim;
         assert!(
-            q.len() == out.len() && !q.is_empty() && q.len() <= HEAD_MAX,
-            "a head of {}",
-            q.len()
+            heads.kv > 0
+                && heads.query > 0
+                && heads.query.is_multiple_of(heads.kv)
+                && heads.dim > 0,
+            "{heads:?} is no attention"
         );
-        assert!(keys > 0, "attention over nothing");
-        let blocks: &Blocks = blocks;
-        // SAFETY: this kernel was detected.
-        unsafe { (self.ops.attend)(q, blocks, keys, scale, out) }
+        assert!(
+            q.len() == batch.len() * width && out.len() == q.len(),
+            "queries and results are not [tokens, heads · dim]"
+        );
+        assert!(
+            batch.iter().all(|token| token.keys > 0),
+            "attention over nothing"
+        );
+        let out = Shareable(out.as_mut_ptr());
+        pool.run(&|worker, workers| {
+            heads.share(batch, worker, workers, |tokens, range| {
+                let sequence = batch[tokens.start].sequence;
+                let kv_head = range.start / heads.group();
+                let view = |block| checked(blocks(sequence, block, kv_head), heads.dim);
+                let count = tokens.len() * range.len();
+                let mut queries: [Query; QUERIES_MAX] = std::array::from_fn(|index| {
+                    if index >= count {
+                        return Query {
+                            q: &[],
+                            keys: 0,
+                            out: &mut [],
+                        };
+                    }
+                    let token = tokens.start + index / range.len();
+                    let at = token * width + (range.start + index % range.len()) * heads.dim;
+                    Query {
+                        q: &q[at..at + heads.dim],
+                        keys: batch[token].keys,
+                        // SAFETY: in bounds, since `out` is as long as `q`; it is borrowed until the pool is
+                        // done, and `share` gives out each query once.
+                        out: unsafe { std::slice::from_raw_parts_mut(out.at(at), heads.dim) },
+                    }
+                });
+                // SAFETY: this kernel was detected.
+                unsafe { (self.ops.attend)(&mut queries[..count], &view, heads.scale) }
+            });
+        });
     }
+}
+
+/// The block, if it has the size of one.
+fn checked(block: KvBlock, dim: usize) -> KvBlock {
+    let (keys, values) = match block {
+        KvBlock::F16 { keys, values } => (keys.len(), values.len()),
+        KvBlock::I8 { keys, values, .. } => (keys.len(), values.len()),
+    };
+    assert!(
+        keys == KV_BLOCK * dim && values == KV_BLOCK * dim,
+        "a KV block of {keys} and {values} numbers for heads of {dim}"
+    );
+    block
 }

@@ -3,20 +3,27 @@
 //! There is one arithmetic (ARITHMETIC.md) and several kernels that compute it, each for another CPU, all with the
 //! same bits. A kernel is chosen at run time: [`Kernel::chosen`].
 //!
-//! Read: `packed` (the weights' layout), `kernel` (the safe interface), `generic` (every operation, once),
-//! `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`.
+//! Read: `packed` (the weights' layout), `kernel` (the safe interface), `matmul`, `attention` and `generic`
+//! (every operation, once), `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`.
 
 #![allow(
     clippy::inline_always,
     reason = "see simd.rs: only inlined code gets the target features"
+)]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "loops over a constant number of registers: zipped iterators don't always unroll"
 )]
 #![cfg_attr(
     test,
     allow(clippy::float_cmp, reason = "bits are what the tests are about")
 )]
 
+mod attention;
 mod generic;
+mod heads;
 mod kernel;
+mod kind;
 pub mod math;
 mod matmul;
 mod ops;
@@ -32,7 +39,8 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use generic::{HEAD_MAX, KV_BLOCK};
+pub use attention::{KV_BLOCK, KvBlock};
+pub use heads::{Heads, Token};
 pub use kernel::{ENV, Kernel, KernelError, Rows};
 pub use matmul::Job;
 pub use pool::Pool;

@@ -1,11 +1,10 @@
-//! Linears over packed weights: how tiles and tokens are walked and where results go.
-//! What a tile computes is in `generic`.
+//! Linears over packed weights: how tiles and tokens are walked, what a tile computes, where results go.
+//! Knows every kind, and no CPU.
 
-use crate::generic::{self, GROUP, GroupView};
-use crate::packed::{BLOCK_BYTES, Packed, TILE_ROWS};
+use crate::packed::{BLOCK, Bits, Packed, Scales, TILE_ROWS};
 use crate::pool::Shareable;
-use crate::quantised::Quantised;
-use crate::simd::Simd;
+use crate::quantised::{GROUP, GroupView, Quantised};
+use crate::simd::{self, Activations, Simd, Weights};
 use std::ops::Range;
 
 /// One linear of several that share their activations.
@@ -51,48 +50,225 @@ impl Output {
     }
 }
 
-/// Computes `tiles` for all tokens. Tiles are the outer loop: one stays in the first cache while the tokens pass.
+/// One kind, known when code is generated.
+trait Form {
+    const FOUR: bool;
+    const AFFINE: bool;
+    /// Groups in a block.
+    const GROUPS: usize;
+    /// Bytes of the scales of one group of one tile.
+    const SCALES: usize;
+    const HEAD: usize = Self::SCALES * Self::GROUPS * (1 + Self::AFFINE as usize);
+    const BYTES: usize = Self::HEAD + if Self::FOUR { 256 } else { 512 };
+
+    /// Sixteen scales or minimums.
+    fn scales<S: Simd>(s: S, bytes: &[u8]) -> S::F;
+}
+
+struct Known<const FOUR: bool, const AFFINE: bool, const GROUPS: usize, const WIDE: bool>;
+
+impl<const FOUR: bool, const AFFINE: bool, const GROUPS: usize, const WIDE: bool> Form
+    for Known<FOUR, AFFINE, GROUPS, WIDE>
+{
+    const FOUR: bool = FOUR;
+    const AFFINE: bool = AFFINE;
+    const GROUPS: usize = GROUPS;
+    const SCALES: usize = if WIDE { 64 } else { 32 };
+
+    #[inline(always)]
+    fn scales<S: Simd>(s: S, bytes: &[u8]) -> S::F {
+        if WIDE {
+            let bytes = bytes.first_chunk().expect("a block has scales");
+            s.load(&simd::floats(bytes))
+        } else {
+            s.load_f16(bytes.first_chunk().expect("a block has scales"))
+        }
+    }
+}
+
+/// Computes `tiles` for all tokens.
 #[inline(always)]
 pub(crate) fn tiles<S: Simd>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
-    for tile in tiles {
-        let blocks = w.tile(tile);
-        for group in 0..a.m().div_ceil(GROUP) {
-            let (view, base) = (a.group(group), group * GROUP);
-            let tokens = GROUP.min(a.m() - base);
-            let mut first = 0;
-            while first < tokens {
-                let at = Place { tile, base, first };
-                first += match tokens - first {
-                    8.. if S::TOKENS >= 8 => step::<S, 8>(s, blocks, view, at, out),
-                    4.. => step::<S, 4>(s, blocks, view, at, out),
-                    2.. => step::<S, 2>(s, blocks, view, at, out),
-                    _ => step::<S, 1>(s, blocks, view, at, out),
-                };
-            }
+    let kind = w.kind();
+    let wide = kind.scales() == Scales::F32;
+    macro_rules! walk {
+        ($four:literal, $affine:literal, $groups:literal, $wide:literal) => {
+            walk::<S, Known<$four, $affine, $groups, $wide>>(s, w, tiles, a, out)
+        };
+    }
+    match (kind.bits(), kind.is_affine(), kind.group(), wide) {
+        (Bits::Eight, false, 32, false) => walk!(false, false, 1, false),
+        (Bits::Eight, false, 32, true) => walk!(false, false, 1, true),
+        (Bits::Eight, false, _, false) => walk!(false, false, 2, false),
+        (Bits::Eight, false, _, true) => walk!(false, false, 2, true),
+        (Bits::Eight, true, 32, false) => walk!(false, true, 1, false),
+        (Bits::Eight, true, 32, true) => walk!(false, true, 1, true),
+        (Bits::Eight, true, _, false) => walk!(false, true, 2, false),
+        (Bits::Eight, true, _, true) => walk!(false, true, 2, true),
+        (Bits::Four, _, 32, false) => walk!(true, true, 1, false),
+        (Bits::Four, _, 32, true) => walk!(true, true, 1, true),
+        (Bits::Four, _, _, false) => walk!(true, true, 2, false),
+        (Bits::Four, _, _, true) => walk!(true, true, 2, true),
+    }
+}
+
+/// Tiles are the outer loop: they stay in the first cache while the tokens pass.
+#[inline(always)]
+fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        if S::PAIRS && a.m() >= 4 && tile + 2 <= tiles.end {
+            tokens::<S, F, 2>(s, w, tile, a, out);
+            tile += 2;
+        } else {
+            tokens::<S, F, 1>(s, w, tile, a, out);
+            tile += 1;
+        }
+    }
+}
+
+/// All tokens for `R` tiles.
+#[inline(always)]
+fn tokens<S: Simd, F: Form, const R: usize>(
+    s: S,
+    w: Packed,
+    tile: usize,
+    a: &Quantised,
+    out: &Output,
+) {
+    let mut weights: [&[u8]; R] = [&[]; R];
+    for index in 0..R {
+        weights[index] = w.tile(tile + index);
+    }
+    for group in 0..a.m().div_ceil(GROUP) {
+        let (view, base) = (a.group(group), group * GROUP);
+        let tokens = GROUP.min(a.m() - base);
+        let mut first = 0;
+        while first < tokens {
+            let at = Place { tile, base, first };
+            first += match tokens - first {
+                8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
+                4.. => step::<S, F, 4, R>(s, weights, view, at, out),
+                2.. => step::<S, F, 2, R>(s, weights, view, at, out),
+                _ => step::<S, F, 1, R>(s, weights, view, at, out),
+            };
         }
     }
 }
 
 #[derive(Copy, Clone)]
 struct Place {
+    /// The first tile.
     tile: usize,
     /// First token of the group, and of this step within the group.
     base: usize,
     first: usize,
 }
 
+/// `R` tiles of sixteen rows times `T` tokens of a group.
 #[inline(always)]
-fn step<S: Simd, const T: usize>(
+fn step<S: Simd, F: Form, const T: usize, const R: usize>(
     s: S,
-    w: &[[u8; BLOCK_BYTES]],
+    w: [&[u8]; R],
     a: GroupView,
     at: Place,
     out: &Output,
 ) -> usize {
-    let mut sums = [[0.0; TILE_ROWS]; T];
-    generic::tile(s, w, a, at.first, &mut sums);
-    for (token, sums) in sums.iter().enumerate() {
-        out.put(at.base + at.first + token, at.tile, sums);
+    let mut acc = [[s.splat(0.0); T]; R];
+    let blocks = a.q.iter().zip(a.scale).zip(a.offset).zip(a.sums);
+    for (index, (((q, scale), offset), sums)) in blocks.enumerate() {
+        let mut block: [&[u8]; R] = [&[]; R];
+        for tile in 0..R {
+            block[tile] = &w[tile][index * F::BYTES..][..F::BYTES];
+        }
+        let (q, scale) = (part::<_, T>(q, at.first), part::<_, T>(scale, at.first));
+        for group in 0..F::GROUPS {
+            let (offset, sum) = if F::GROUPS == 1 {
+                (offset, &sums.block)
+            } else {
+                (&sums.offset[group], &sums.half[group])
+            };
+            let from = if S::OFFSET && !F::FOUR {
+                *part::<_, T>(offset, at.first)
+            } else {
+                [0; T]
+            };
+            let sums = dots::<S, F, T, R>(s, from, block, q, group);
+            for tile in 0..R {
+                let dots = s.finish(sums[tile]);
+                let w_scale = F::scales(s, &block[tile][group * F::SCALES..]);
+                for token in 0..T {
+                    let scale = s.mul(w_scale, s.splat(scale[token]));
+                    acc[tile][token] = s.fma(dots[token], scale, acc[tile][token]);
+                }
+                if F::AFFINE {
+                    let minimum = &block[tile][(F::GROUPS + group) * F::SCALES..];
+                    let (minimum, sum) = (F::scales(s, minimum), part::<_, T>(sum, at.first));
+                    for token in 0..T {
+                        acc[tile][token] = s.fma(minimum, s.splat(sum[token]), acc[tile][token]);
+                    }
+                }
+            }
+        }
+    }
+    for tile in 0..R {
+        for token in 0..T {
+            let mut lanes = [0.0; TILE_ROWS];
+            s.store(acc[tile][token], &mut lanes);
+            out.put(at.base + at.first + token, at.tile + tile, &lanes);
+        }
     }
     T
+}
+
+#[inline(always)]
+fn part<X, const T: usize>(group: &[X; GROUP], first: usize) -> &[X; T] {
+    group[first..first + T]
+        .try_into()
+        .expect("a group has the tokens")
+}
+
+/// The exact dot products of one group of columns.
+#[inline(always)]
+fn dots<S: Simd, F: Form, const T: usize, const R: usize>(
+    s: S,
+    from: [i32; T],
+    blocks: [&[u8]; R],
+    q: &[[i8; BLOCK]; T],
+    group: usize,
+) -> [[S::Sums; T]; R] {
+    let mut sums = [s.start(from); R];
+    for half in 0..2 {
+        if F::GROUPS == 2 && half != group {
+            continue;
+        }
+        let mut a: [&Activations; T] = [&[0; 16]; T];
+        for token in 0..T {
+            a[token] = &q[token].as_chunks().0[half];
+        }
+        if F::FOUR {
+            for tile in 0..R {
+                let w = weights(&blocks[tile][F::HEAD..]);
+                sums[tile] = if half == 0 {
+                    s.dot_nibbles::<T, false>(sums[tile], w, a)
+                } else {
+                    s.dot_nibbles::<T, true>(sums[tile], w, a)
+                };
+            }
+        } else {
+            let mut w: [&Weights; R] = [&[[0; 64]; 4]; R];
+            for tile in 0..R {
+                w[tile] = weights(&blocks[tile][F::HEAD + 256 * half..]);
+            }
+            sums = s.dots(sums, w, a);
+        }
+    }
+    sums
+}
+
+/// The first 256 bytes.
+#[inline(always)]
+fn weights(bytes: &[u8]) -> &Weights {
+    let rows = bytes.as_chunks().0;
+    rows.first_chunk().expect("a block has weights")
 }

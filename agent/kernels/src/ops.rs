@@ -1,6 +1,7 @@
-//! The table of kernels: each is `generic` compiled for one set of CPU features.
+//! The table of kernels: each is `generic`, `matmul` and `attention` compiled for one set of CPU features.
 
-use crate::generic::{self, Blocks, Row};
+use crate::attention::{self, Blocks, Query};
+use crate::generic::{self, Row};
 use crate::matmul::{self, Output};
 use crate::packed::{Layout, Packed};
 use crate::quantised::{Quantised, Slot};
@@ -18,7 +19,8 @@ pub(crate) struct Ops {
     pub(crate) silu_mul: unsafe fn(&mut [f32], &[f32]),
     pub(crate) rope: unsafe fn(&mut [f32], &[f32], &[f32]),
     pub(crate) to_f16: unsafe fn(&[f32], &mut [u16]),
-    pub(crate) attend: unsafe fn(&[f32], &Blocks, usize, f32, &mut [f32]),
+    pub(crate) to_i8: unsafe fn(&[f32], &mut [i8]) -> f32,
+    pub(crate) attend: unsafe fn(&mut [Query], &Blocks, f32),
 }
 
 /// Compiles every function of `generic` for `$simd` with the given features.
@@ -58,8 +60,13 @@ macro_rules! kernel {
             }
 
             $(#[target_feature(enable = $feature)])*
-            unsafe fn attend(q: &[f32], blocks: &Blocks, keys: usize, scale: f32, out: &mut [f32]) {
-                generic::attend($simd, q, blocks, keys, scale, out);
+            unsafe fn to_i8(x: &[f32], out: &mut [i8]) -> f32 {
+                generic::to_i8($simd, x, out)
+            }
+
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn attend(queries: &mut [Query], blocks: &Blocks, scale: f32) {
+                attention::attend($simd, queries, blocks, scale);
             }
 
             pub(super) const OPS: Ops = Ops {
@@ -73,6 +80,7 @@ macro_rules! kernel {
                 silu_mul,
                 rope,
                 to_f16,
+                to_i8,
                 attend,
             };
         }
@@ -94,11 +102,25 @@ kernel!(
     "avx2",
     Layout::Signed,
     // SAFETY: evaluated only inside functions that are unsafe for needing these features.
-    unsafe { crate::x86::avx2::Avx2::assume() },
+    unsafe { crate::x86::avx2::Avx2::<false>::assume() },
     ["avx2", "fma", "f16c"],
     is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
+);
+
+#[cfg(target_arch = "x86_64")]
+kernel!(
+    avxvnni,
+    "avxvnni",
+    Layout::Offset,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
+    unsafe { crate::x86::avx2::Avx2::<true>::assume() },
+    ["avx2", "fma", "f16c", "avxvnni"],
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("avxvnni")
 );
 
 #[cfg(target_arch = "x86_64")]
@@ -139,7 +161,7 @@ kernel!(
 
 /// The kernels of this build, slowest first.
 #[cfg(target_arch = "x86_64")]
-pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avx512vnni::OPS];
+pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avxvnni::OPS, avx512vnni::OPS];
 #[cfg(target_arch = "aarch64")]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -148,6 +170,7 @@ pub(crate) static ALL: &[Ops] = &[scalar::OPS];
 /// Names of kernels that another architecture may have, and what they need.
 pub(crate) const FOREIGN: &[(&str, &str)] = &[
     ("avx2", "an x86-64 CPU with AVX2"),
+    ("avxvnni", "an x86-64 CPU with AVX-VNNI"),
     ("avx512vnni", "an x86-64 CPU with AVX512-VNNI"),
     ("neon", "a 64-bit ARM CPU"),
     ("dotprod", "a 64-bit ARM CPU with dotprod"),

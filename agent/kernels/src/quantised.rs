@@ -1,11 +1,14 @@
 //! A buffer of quantised activations, reused from step to step.
 //! Groups of eight tokens lie together, `[group][block][token: 8]`, so that a register tile of tokens reads one stream.
 
-use crate::generic::{GROUP, GroupView, Sink};
+use crate::generic::Sink;
 use crate::packed::BLOCK;
 use crate::pool::Shareable;
 
-/// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and the sum. Also plain f32,
+/// Tokens that lie together.
+pub(crate) const GROUP: usize = 8;
+
+/// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and sums. Also plain f32,
 /// which is what the `reference` kernel keeps instead.
 #[derive(Default)]
 pub struct Quantised {
@@ -13,9 +16,29 @@ pub struct Quantised {
     k: usize,
     q: Vec<[[i8; BLOCK]; GROUP]>,
     scale: Vec<[f32; GROUP]>,
-    /// −128 times the sum of the block.
+    /// −128 times the sum of the block: what symmetric 8-bit weights need, and apart since they are the usual ones.
     offset: Vec<[i32; GROUP]>,
+    sums: Vec<Sums>,
     pub(crate) plain: Vec<f32>,
+}
+
+/// What affine weights and groups of 16 need to know of a block.
+#[derive(Copy, Clone, Default)]
+pub(crate) struct Sums {
+    /// −128 times the sum of each half.
+    pub(crate) offset: [[i32; GROUP]; 2],
+    /// The sum of the block, and of each half, times the scale.
+    pub(crate) block: [f32; GROUP],
+    pub(crate) half: [[f32; GROUP]; 2],
+}
+
+/// Activations of a group of tokens, all `[blocks]`.
+#[derive(Copy, Clone)]
+pub(crate) struct GroupView<'a> {
+    pub(crate) q: &'a [[[i8; BLOCK]; GROUP]],
+    pub(crate) scale: &'a [[f32; GROUP]],
+    pub(crate) offset: &'a [[i32; GROUP]],
+    pub(crate) sums: &'a [Sums],
 }
 
 impl Quantised {
@@ -39,6 +62,7 @@ impl Quantised {
             self.q.resize(blocks, [[0; BLOCK]; GROUP]);
             self.scale.resize(blocks, [0.0; GROUP]);
             self.offset.resize(blocks, [0; GROUP]);
+            self.sums.resize(blocks, Sums::default());
         }
     }
 
@@ -72,7 +96,8 @@ impl Quantised {
         GroupView {
             q: &self.q[range.clone()],
             scale: &self.scale[range.clone()],
-            offset: &self.offset[range],
+            offset: &self.offset[range.clone()],
+            sums: &self.sums[range],
         }
     }
 
@@ -90,6 +115,7 @@ impl Quantised {
             q: Shareable(self.q.as_mut_ptr()),
             scale: Shareable(self.scale.as_mut_ptr()),
             offset: Shareable(self.offset.as_mut_ptr()),
+            sums: Shareable(self.sums.as_mut_ptr()),
         }
     }
 }
@@ -101,6 +127,7 @@ pub(crate) struct Slots {
     q: Shareable<[[i8; BLOCK]; GROUP]>,
     scale: Shareable<[f32; GROUP]>,
     offset: Shareable<[i32; GROUP]>,
+    sums: Shareable<Sums>,
 }
 
 /// Write access to one token.
@@ -119,22 +146,39 @@ impl Slots {
     }
 }
 
+impl Slot<'_> {
+    /// Where a block of this token lies: the index of its group's block.
+    #[inline(always)]
+    fn place(&self, block: usize) -> (usize, usize) {
+        assert!(block < self.slots.blocks);
+        let group = self.token / GROUP;
+        (group * self.slots.blocks + block, self.token % GROUP)
+    }
+}
+
 impl Sink for Slot<'_> {
     #[inline(always)]
-    fn put(&mut self, block: usize) -> (&mut [i8; BLOCK], &mut f32, &mut i32) {
-        assert!(block < self.slots.blocks);
-        let (at, lane) = (
-            self.token / GROUP * self.slots.blocks + block,
-            self.token % GROUP,
-        );
-        // SAFETY: in bounds by the two assertions; this token is written through this slot only, and other
-        // tokens are other elements, which no reference made here covers.
+    fn bytes(&mut self, block: usize) -> &mut [i8; BLOCK] {
+        let (at, lane) = self.place(block);
+        // SAFETY: in bounds by the assertions in `token` and `place`; this token is written through this slot
+        // only, and other tokens are other elements, which no reference made here covers.
+        unsafe { &mut *self.slots.q.at(at).cast::<[i8; BLOCK]>().add(lane) }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self, block: usize, scale: f32, halves: [i32; 2]) {
+        let (at, lane) = self.place(block);
+        let sum = halves[0] + halves[1];
+        // SAFETY: as above; only single elements of this token are written, through pointers.
         unsafe {
-            (
-                &mut *self.slots.q.at(at).cast::<[i8; BLOCK]>().add(lane),
-                &mut *self.slots.scale.at(at).cast::<f32>().add(lane),
-                &mut *self.slots.offset.at(at).cast::<i32>().add(lane),
-            )
+            let sums = self.slots.sums.at(at);
+            (*self.slots.scale.at(at).cast::<f32>().add(lane)) = scale;
+            (*self.slots.offset.at(at).cast::<i32>().add(lane)) = -128 * sum;
+            (&raw mut (*sums).block[lane]).write(sum as f32 * scale);
+            for (half, sum) in halves.into_iter().enumerate() {
+                (&raw mut (*sums).offset[half][lane]).write(-128 * sum);
+                (&raw mut (*sums).half[half][lane]).write(sum as f32 * scale);
+            }
         }
     }
 }

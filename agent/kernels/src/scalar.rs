@@ -1,7 +1,7 @@
 //! The kernel that defines the others: plain Rust, one lane after the other.
 
 use crate::math;
-use crate::simd::{Activations, Simd, Weights, tree};
+use crate::simd::{Activations, Simd, Weights};
 
 /// Needs nothing, so it always exists.
 #[derive(Copy, Clone)]
@@ -21,8 +21,10 @@ fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
 
 impl Simd for Scalar {
     type F = F;
-    type I = [i32; 16];
+    type Sums = [i32; 16];
     const TOKENS: usize = 4;
+    const VECTORS: usize = 1;
+    const OFFSET: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -44,6 +46,11 @@ impl Simd for Scalar {
         std::array::from_fn(|lane| {
             math::f16_to_f32(u16::from_le_bytes([x[2 * lane], x[2 * lane + 1]]))
         })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> F {
+        x.map(f32::from)
     }
 
     #[inline(always)]
@@ -114,37 +121,53 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn sums(self, x: &[F; 16]) -> F {
-        x.map(tree)
+    fn start<const T: usize>(self, from: [i32; T]) -> [[i32; 16]; T] {
+        from.map(|from| [from; 16])
     }
 
     #[inline(always)]
     fn dot<const T: usize>(
         self,
+        sums: [[i32; 16]; T],
         w: &Weights,
-        a: &[Activations; T],
-        _: &[i32; T],
+        a: [&Activations; T],
     ) -> [[i32; 16]; T] {
-        let mut sums = [[0; 16]; T];
-        for (token, sums) in sums.iter_mut().enumerate() {
-            for (w, a) in w
-                .as_chunks::<64>()
-                .0
-                .iter()
-                .zip(a[token].as_chunks::<4>().0)
-            {
-                for (w, sum) in w.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
-                    for (w, a) in w.iter().zip(a) {
-                        *sum += i32::from(w.cast_signed()) * i32::from(*a);
-                    }
-                }
-            }
-        }
-        sums
+        add_products(sums, w, a, |byte| i32::from(byte.cast_signed()))
     }
 
     #[inline(always)]
-    fn to_f32(self, x: [i32; 16]) -> F {
-        x.map(|x| x as f32)
+    fn dot_nibbles<const T: usize, const HIGH: bool>(
+        self,
+        sums: [[i32; 16]; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [[i32; 16]; T] {
+        add_products(sums, w, a, |byte| {
+            i32::from(if HIGH { byte >> 4 } else { byte & 15 })
+        })
     }
+
+    #[inline(always)]
+    fn finish<const T: usize>(self, sums: [[i32; 16]; T]) -> [F; T] {
+        sums.map(|sums| sums.map(|sum| sum as f32))
+    }
+}
+
+#[inline(always)]
+fn add_products<const T: usize>(
+    mut sums: [[i32; 16]; T],
+    w: &Weights,
+    a: [&Activations; T],
+    weight: impl Fn(u8) -> i32,
+) -> [[i32; 16]; T] {
+    for (sums, a) in sums.iter_mut().zip(a) {
+        for (w, a) in w.iter().zip(a.as_chunks::<4>().0) {
+            for (w, sum) in w.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
+                for (w, a) in w.iter().zip(a) {
+                    *sum += weight(*w) * i32::from(*a);
+                }
+            }
+        }
+    }
+    sums
 }

@@ -5,24 +5,31 @@
 //! why the methods are safe. All of them are `#[inline(always)]` and take no closures, since only code that ends
 //! up inside a function with the right target features compiles to the instructions meant.
 
-/// Weight bytes of one block of one tile, `[k4: 8][row: 16][4]`.
-pub(crate) type Weights = [u8; crate::packed::WEIGHT_BYTES];
-/// One token's quantised block.
-pub(crate) type Activations = [i8; crate::packed::BLOCK];
+/// Weight bytes of half a block of one tile (16 columns), `[k4: 4][row: 16][4]`; of a whole block with 4 bits.
+pub(crate) type Weights = [[u8; 64]; 4];
+/// One token's quantised half block.
+pub(crate) type Activations = [i8; 16];
 
 pub(crate) trait Simd: Copy {
     /// Sixteen f32.
     type F: Copy;
-    /// Sixteen i32.
-    type I: Copy;
+    /// The running sums of one token's products with sixteen rows, exact, in whatever form suits the CPU.
+    type Sums: Copy;
     /// Tokens that the registers hold at once beside a tile; 4 or 8.
     const TOKENS: usize;
+    /// Whether a tile's four tokens leave registers for a second tile, and sharing loads is worth it.
+    const PAIRS: bool = false;
+    /// Vectors that the registers hold at once for each of four queries; 1, 2 or 4.
+    const VECTORS: usize;
+    /// Whether sums of 8-bit weights start at −128 times the activations' sum.
+    const OFFSET: bool;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     /// Sixteen f16, little endian.
     fn load_f16(self, x: &[u8; 32]) -> Self::F;
+    fn load_i8(self, x: &[i8; 16]) -> Self::F;
     /// Rounds to nearest, ties to even.
     fn store_f16(self, x: Self::F, out: &mut [u16; 16]);
 
@@ -44,18 +51,37 @@ pub(crate) trait Simd: Copy {
     /// Whole numbers within ±127 to bytes; their sum.
     fn store_i8(self, x: Self::F, out: &mut [i8; 16]) -> i32;
 
-    /// The sums of the sixteen lanes of each of sixteen vectors, every one by the tree of [`tree`].
-    fn sums(self, x: &[Self::F; 16]) -> Self::F;
-
-    /// For the first `T` tokens of `a`, the exact dot products of a block with sixteen rows. `offsets` are
-    /// −128 times the sum of each token's block, for layouts that store weights with 128 added.
+    /// Sums that start at `from`, the same for all rows.
+    fn start<const T: usize>(self, from: [i32; T]) -> [Self::Sums; T];
+    /// Adds the products of 8-bit weights with `T` tokens. Where weights are stored with 128 added, the sums have
+    /// started at −128 times the sum of the activations.
     fn dot<const T: usize>(
         self,
+        sums: [Self::Sums; T],
         w: &Weights,
-        a: &[Activations; T],
-        offsets: &[i32; T],
-    ) -> [Self::I; T];
-    fn to_f32(self, x: Self::I) -> Self::F;
+        a: [&Activations; T],
+    ) -> [Self::Sums; T];
+    /// The same for the low or the high halves of bytes.
+    fn dot_nibbles<const T: usize, const HIGH: bool>(
+        self,
+        sums: [Self::Sums; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [Self::Sums; T];
+    /// `dot` for several tiles at once, which may share the loads of activations.
+    #[inline(always)]
+    fn dots<const T: usize, const R: usize>(
+        self,
+        mut sums: [[Self::Sums; T]; R],
+        w: [&Weights; R],
+        a: [&Activations; T],
+    ) -> [[Self::Sums; T]; R] {
+        for tile in 0..R {
+            sums[tile] = self.dot(sums[tile], w[tile], a);
+        }
+        sums
+    }
+    fn finish<const T: usize>(self, sums: [Self::Sums; T]) -> [Self::F; T];
 
     /// The larger of each lane; `b` if either is NaN.
     #[inline(always)]
@@ -92,17 +118,6 @@ pub(crate) trait Simd: Copy {
         self.store(x, &mut lanes);
         out.copy_from_slice(&lanes[..out.len()]);
     }
-
-    /// Up to sixteen f16, zeros behind them.
-    #[inline(always)]
-    fn load_f16_part(self, x: &[u16]) -> Self::F {
-        if let Ok(x) = x.try_into() {
-            return self.load_f16(bytes(x));
-        }
-        let mut lanes = [0; 16];
-        lanes[..x.len()].copy_from_slice(x);
-        self.load_f16(bytes(&lanes))
-    }
 }
 
 /// The one order in which sixteen lanes are added: each with the one 8 further, then 4, 2, 1.
@@ -121,6 +136,13 @@ pub(crate) fn tree(mut lanes: [f32; 16]) -> f32 {
 pub(crate) fn bytes(x: &[u16; 16]) -> &[u8; 32] {
     // SAFETY: same size, weaker alignment, and every byte pattern is valid.
     unsafe { &*std::ptr::from_ref(x).cast() }
+}
+
+/// Sixteen f32 that lie unaligned in memory.
+#[inline(always)]
+pub(crate) fn floats(x: &[u8; 64]) -> [f32; 16] {
+    // SAFETY: same size, and every byte pattern is valid.
+    unsafe { std::mem::transmute(*x) }
 }
 
 #[cfg(target_endian = "big")]

@@ -32,9 +32,11 @@ impl Cache {
         Self { root }
     }
 
-    /// Where the bundle of a model lies once pulled.
+    /// Where the bundle of a model lies once pulled: `NAME-PRECISION`, unless the name ends so already.
     pub fn bundle(&self, name: &str, precision: Precision) -> PathBuf {
-        self.root.join("models").join(format!("{name}-{precision}"))
+        let suffix = format!("-{precision}");
+        let stem = name.strip_suffix(&suffix).unwrap_or(name);
+        self.root.join("models").join(format!("{stem}{suffix}"))
     }
 
     /// Where what was downloaded lies.

@@ -1,5 +1,6 @@
 //! The models that can be pulled: `models/catalogue.toml`, compiled in. Fetches nothing.
 
+use crate::Precision;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
@@ -23,6 +24,8 @@ pub struct Entry {
     /// One line for a person who chooses.
     pub about: String,
     pub licence: String,
+    /// What it is made in; the first is what is made unless another is asked for.
+    pub precisions: Vec<Precision>,
     /// Tokens, as written in the vocabulary, that end an answer.
     pub stop_tokens: Vec<String>,
     /// Where the weights are; a model without a package is made here.
@@ -61,6 +64,21 @@ impl Catalogue {
     }
 }
 
+impl Entry {
+    /// The precision asked for, or the entry's own, if it is made in that.
+    pub fn precision(&self, asked: Option<Precision>) -> Result<Precision> {
+        let own = self.precisions.first();
+        let wanted = asked
+            .or(own.copied())
+            .with_context(|| format!("{} has no precision", self.name))?;
+        self.precisions.contains(&wanted).then_some(wanted).with_context(|| {
+            let made: Vec<String> = self.precisions.iter().map(Precision::to_string).collect();
+            let (name, made) = (&self.name, made.join(" and "));
+            format!("{name} is not made in {wanted}, only in {made}; `cargo forge list` shows what there is")
+        })
+    }
+}
+
 impl Package {
     /// The GGUF file's own name.
     pub fn file(&self) -> &str {
@@ -80,6 +98,7 @@ mod tests {
                 entry.licence, "Apache-2.0",
                 "the bundle writer knows no other licence's text"
             );
+            assert!(!entry.precisions.is_empty());
             let Some(package) = &entry.package else {
                 assert_eq!(
                     (entry.name.as_str(), entry.version.as_str()),
@@ -97,6 +116,9 @@ mod tests {
             }
         }
         let error = catalogue.find("gpt-5").unwrap_err().to_string();
-        assert!(error.contains("smollm2-135m, tiny"), "{error}");
+        assert!(
+            error.contains("smollm2-135m, smollm2-135m-q4, tiny"),
+            "{error}"
+        );
     }
 }

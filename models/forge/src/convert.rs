@@ -3,9 +3,11 @@
 
 use crate::gguf::{Gguf, Value};
 use crate::llama::{Part, Shape, Weights};
+use crate::stored::Stored;
 use crate::tokenizer::{Splitting, Vocabulary};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// A GGUF file as a source of weights. [`open`](Source::open) has checked that its tensors are just the graph's.
 #[derive(Debug)]
@@ -63,29 +65,23 @@ impl<'a> Source<'a> {
 }
 
 impl Weights for Source<'_> {
-    fn load(&self, part: Part) -> Result<Vec<f32>> {
-        let size = self.shape.of(part);
-        let values = self.gguf.load(&tensor_name(part), size)?;
-        Ok(match part {
-            Part::Query(_) | Part::Key(_) => halves(&values, size[1], self.shape.head_dim),
-            _ => values,
-        })
+    fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
+        let head_dim = match part {
+            Part::Query(_) | Part::Key(_) => Some(self.shape.head_dim),
+            _ => None,
+        };
+        let rows = rows.map(|row| head_dim.map_or(row, |head_dim| interleaved(row, head_dim)));
+        self.gguf
+            .load(&tensor_name(part), self.shape.of(part), rows)
     }
 }
 
-/// llama.cpp's converter interleaves the rotary channels of q and k (row `2i` and `2i + 1` of a head turn
-/// together); ONNX's rotary embedding pairs row `i` with row `i + head_dim / 2`.
-fn halves(values: &[f32], columns: usize, head_dim: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    for head in values.chunks_exact(head_dim * columns) {
-        for side in 0..2 {
-            for pair in 0..head_dim / 2 {
-                let row = 2 * pair + side;
-                out.extend_from_slice(&head[row * columns..(row + 1) * columns]);
-            }
-        }
-    }
-    out
+/// Where a row of q or k lies in the file. llama.cpp's converter interleaves the rotary channels (row `2i` and
+/// `2i + 1` of a head turn together); ONNX's rotary embedding pairs row `i` with row `i + head_dim / 2`. Rows
+/// move whole, so their blocks stay what they are.
+fn interleaved(row: usize, head_dim: usize) -> usize {
+    let (channel, half) = (row % head_dim, head_dim / 2);
+    row - channel + channel % half * 2 + channel / half
 }
 
 fn tensor_name(part: Part) -> String {
@@ -161,55 +157,4 @@ pub fn chat_template(gguf: &Gguf<'_>) -> Result<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::gguf::testing::{entry, file, text, texts};
-
-    #[test]
-    fn interleaved_rows_become_halves() {
-        // One head of four rows of one column: (0, 1) turn together, then (2, 3).
-        assert_eq!(halves(&[0.0, 1.0, 2.0, 3.0], 1, 4), [0.0, 2.0, 1.0, 3.0]);
-        assert_eq!(
-            halves(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 2, 2),
-            [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-        );
-    }
-
-    fn header(heads: u32, tensors: &[(&str, &[u64], u32, &[u8])]) -> Vec<u8> {
-        let size = |key: &str, n: u32| entry(&format!("llama.{key}"), 4, &n.to_le_bytes());
-        let float = |key: &str, x: f32| entry(&format!("llama.{key}"), 6, &x.to_le_bytes());
-        let entries = [
-            entry("general.architecture", 8, &text("llama")),
-            size("embedding_length", 64),
-            size("attention.head_count", heads),
-            size("attention.head_count_kv", 2),
-            size("rope.dimension_count", 16),
-            size("block_count", 1),
-            size("feed_forward_length", 64),
-            size("context_length", 32),
-            float("rope.freq_base", 10_000.0),
-            float("attention.layer_norm_rms_epsilon", 1e-5),
-            texts("tokenizer.ggml.tokens", &["a", "b"]),
-        ];
-        file(&entries, tensors)
-    }
-
-    #[test]
-    fn a_model_that_would_come_out_wrong_is_refused() {
-        let says = |bytes: &[u8], part: &str| {
-            let gguf = Gguf::parse(bytes).unwrap();
-            let error = format!("{:#}", Source::open(&gguf).unwrap_err());
-            assert!(error.contains(part), "{error}");
-        };
-        says(&header(3, &[]), "don't make a width of 64");
-        says(
-            &header(4, &[("blk.0.attn_q.bias", &[64], 0, &[0; 256])]),
-            "blk.0.attn_q.bias",
-        );
-        let bytes = header(4, &[]);
-        let gguf = Gguf::parse(&bytes).unwrap();
-        let source = Source::open(&gguf).unwrap();
-        let error = source.load(Part::Query(0)).unwrap_err().to_string();
-        assert_eq!(error, "the file has no tensor \"blk.0.attn_q.weight\"");
-    }
-}
+mod tests;

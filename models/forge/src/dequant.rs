@@ -1,8 +1,9 @@
-//! Turns a GGUF tensor's bytes into f32: the plain kinds and the block kinds that the catalogue's files use.
-//! Knows bytes and blocks, not names.
+//! Reads a GGUF tensor's bytes: the plain kinds and the block kinds that the catalogue's files use. Rounds
+//! nothing. Knows bytes and blocks, not names.
 //!
 //! Block layouts: ggml's `block_q4_1` and `block_q8_0`.
 
+use crate::stored::{Eight, Four, Stored};
 use anyhow::{Result, ensure};
 use half::f16;
 
@@ -57,22 +58,12 @@ impl Kind {
 }
 
 /// All weights in `bytes`, in order.
-pub fn dequantise(kind: Kind, bytes: &[u8]) -> Result<Vec<f32>> {
+pub fn decode(kind: Kind, bytes: &[u8]) -> Result<Stored> {
     Ok(match kind {
-        Kind::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|&b| f32::from_le_bytes(b))
-            .collect(),
-        Kind::F16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|&b| f16::from_le_bytes(b).to_f32())
-            .collect(),
-        Kind::Q4_1 => bytes.as_chunks().0.iter().flat_map(q4_1).collect(),
-        Kind::Q8_0 => bytes.as_chunks().0.iter().flat_map(q8_0).collect(),
+        Kind::F32 => Stored::Plain(numbers(bytes, f32::from_le_bytes)),
+        Kind::F16 => Stored::Plain(numbers(bytes, |b| f16::from_le_bytes(b).to_f32())),
+        Kind::Q4_1 => Stored::Four(q4_1(bytes.as_chunks().0)),
+        Kind::Q8_0 => Stored::Eight(q8_0(bytes.as_chunks().0)),
         Kind::Other(number) => {
             anyhow::bail!(
                 "is stored as type {number}, which this forge doesn't read (it reads F32, F16, Q4_1 and Q8_0)"
@@ -81,23 +72,35 @@ pub fn dequantise(kind: Kind, bytes: &[u8]) -> Result<Vec<f32>> {
     })
 }
 
-/// `scale · q + minimum`; the first 16 weights are the low halves of the bytes.
-fn q4_1(block: &[u8; Q4_1_BYTES]) -> [f32; BLOCK as usize] {
-    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
-    std::array::from_fn(|i| {
-        let byte = block[4 + i % 16];
-        let q = if i < 16 { byte & 15 } else { byte >> 4 };
-        f32::from(q) * scale + minimum
-    })
+fn numbers<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&b| number(b)).collect()
 }
 
-fn q8_0(block: &[u8; Q8_0_BYTES]) -> [f32; BLOCK as usize] {
-    let scale = half_at(block, 0);
-    std::array::from_fn(|i| f32::from(block[2 + i].cast_signed()) * scale)
+/// Scale, minimum, and bytes whose low halves are the first 16 weights: they are paired anew.
+fn q4_1(blocks: &[[u8; Q4_1_BYTES]]) -> Four {
+    let mut four = Four::default();
+    for block in blocks {
+        four.scales.push(half_at(block, 0));
+        four.minima.push(half_at(block, 2));
+        let weight = |i: usize| (block[4 + i % 16] >> (4 * (i / 16))) & 15;
+        let pairs = (0..16).map(|pair| weight(2 * pair) | weight(2 * pair + 1) << 4);
+        four.pairs.extend(pairs);
+    }
+    four
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+fn q8_0(blocks: &[[u8; Q8_0_BYTES]]) -> Eight {
+    let mut eight = Eight::default();
+    for block in blocks {
+        eight.scales.push(half_at(block, 0).to_f32());
+        let weights = block[2..].iter().map(|byte| byte.cast_signed());
+        eight.weights.extend(weights);
+    }
+    eight
+}
+
+fn half_at(block: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([block[at], block[at + 1]])
 }
 
 #[cfg(test)]
@@ -110,7 +113,7 @@ mod tests {
         block[..2].copy_from_slice(&f16::from_f32(0.5).to_le_bytes());
         block[2..4].copy_from_slice(&f16::from_f32(-2.0).to_le_bytes());
         block[4] = 0xF1;
-        let values = dequantise(Kind::Q4_1, &block).unwrap();
+        let values = decode(Kind::Q4_1, &block).unwrap().into_values();
         assert_eq!((values[0], values[1], values[16]), (-1.5, -2.0, 5.5));
     }
 
@@ -120,7 +123,7 @@ mod tests {
         block[..2].copy_from_slice(&f16::from_f32(0.25).to_le_bytes());
         block[2] = 0xFF;
         block[33] = 127;
-        let values = dequantise(Kind::Q8_0, &block).unwrap();
+        let values = decode(Kind::Q8_0, &block).unwrap().into_values();
         assert_eq!((values[0], values[1], values[31]), (-0.25, 0.0, 31.75));
     }
 

@@ -3,7 +3,8 @@
 //!
 //! The format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
-use crate::dequant::{Kind, dequantise};
+use crate::dequant::{Kind, decode};
+use crate::stored::Stored;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -114,8 +115,16 @@ impl<'a> Gguf<'a> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// A tensor of `[rows, columns]` (a vector has one row) as f32, row-major.
-    pub fn load(&self, name: &str, [rows, columns]: [usize; 2]) -> Result<Vec<f32>> {
+    /// Rows of a tensor of `[rows, columns]` (a vector has one row), in the order in which they are asked for.
+    ///
+    /// # Panics
+    /// If a row is asked for that `rows` doesn't count.
+    pub fn load(
+        &self,
+        name: &str,
+        [rows, columns]: [usize; 2],
+        wanted: impl Iterator<Item = usize>,
+    ) -> Result<Stored> {
         let tensor = self
             .tensors
             .get(name)
@@ -130,8 +139,11 @@ impl<'a> Gguf<'a> {
             "the tensor {name:?} is {:?} where the model's sizes ask for {expected:?}",
             tensor.dimensions
         );
-        dequantise(tensor.kind, &self.bytes[tensor.place.clone()])
-            .with_context(|| format!("the tensor {name:?}"))
+        let all = &self.bytes[tensor.place.clone()];
+        let stride = all.len() / rows;
+        let mut bytes = Vec::new();
+        wanted.for_each(|row| bytes.extend_from_slice(&all[row * stride..(row + 1) * stride]));
+        decode(tensor.kind, &bytes).with_context(|| format!("the tensor {name:?}"))
     }
 
     /// A value, if it is there.
@@ -384,27 +396,30 @@ mod tests {
         assert_eq!(gguf.size("llama.block_count").unwrap(), 30);
         assert_eq!(gguf.text("general.name").unwrap(), "a");
         assert_eq!(gguf.texts("tokens").unwrap(), ["b", "c"]);
-        assert_eq!(
-            gguf.load("w", [2, 3]).unwrap(),
-            [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-        );
-        assert_eq!(gguf.load("v", [1, 6]).unwrap().len(), 6);
+        let load = |name, shape, rows: &[usize]| {
+            let stored = gguf.load(name, shape, rows.iter().copied()).unwrap();
+            stored.into_values()
+        };
+        assert_eq!(load("w", [2, 3], &[0, 1]), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(load("w", [2, 3], &[1, 0]), [4.0, 5.0, 6.0, 1.0, 2.0, 3.0]);
+        assert_eq!(load("v", [1, 6], &[0]).len(), 6);
     }
 
     #[test]
     fn what_is_missing_or_of_another_shape_is_named() {
         let bytes = sample();
         let gguf = Gguf::parse(&bytes).unwrap();
-        let says = |result: Result<Vec<f32>>, part: &str| {
-            let error = format!("{:#}", result.unwrap_err());
+        let says = |name, shape, part: &str| {
+            let error = format!("{:#}", gguf.load(name, shape, 0..1).unwrap_err());
             assert!(error.contains(part), "{error}");
         };
-        says(gguf.load("x", [1, 1]), "no tensor \"x\"");
+        says("x", [1, 1], "no tensor \"x\"");
         says(
-            gguf.load("w", [3, 2]),
+            "w",
+            [3, 2],
             "is [3, 2] where the model's sizes ask for [2, 3]",
         );
-        says(gguf.load("k", [1, 256]), "type 12");
+        says("k", [1, 256], "type 12");
         assert!(
             gguf.size("general.name")
                 .unwrap_err()
@@ -430,7 +445,7 @@ mod tests {
             }
             if let Ok(gguf) = Gguf::parse(&bytes) {
                 for name in gguf.tensor_names() {
-                    let _ = gguf.load(name, [2, 3]);
+                    let _ = gguf.load(name, [2, 3], 0..2);
                 }
             }
         }

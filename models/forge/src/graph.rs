@@ -1,7 +1,7 @@
-//! The native ONNX form of a llama-like model: standard operators of opset 23, so that any runtime that
-//! speaks it is an oracle for ours. Where the weights come from is [`Weights`]' business.
+//! The native ONNX form of a llama-like model: operators of opset 23 (and in q4 ONNX Runtime's `MatMulNBits`), so
+//! that any runtime that speaks it is an oracle for ours. Where the weights come from is [`Weights`]' business.
 //!
-//! A layer, each linear being `DequantizeLinear → MatMul` in int8 and `MatMul` in f32:
+//! A layer, each linear being `DequantizeLinear → MatMul` in int8, `MatMulNBits` in q4 and `MatMul` in f32:
 //!
 //! ```text
 //! x ─ RMSNormalization ─┬ q ─ RotaryEmbedding ─┐
@@ -17,14 +17,26 @@
 
 use crate::Precision;
 use crate::llama::{Part, Shape, Weights, rotary_tables};
-use crate::onnx::{Axis, Writer, float, int, ints};
-use crate::quant::{BLOCK, quantise};
+use crate::onnx::{Axis, Element, Writer, float, int, ints};
+use crate::quant::{self, BLOCK};
+use crate::stored::{Eight, Four, Stored};
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
+use std::ops::Range;
 use std::path::Path;
 use tract_onnx::pb::tensor_proto::DataType;
 
+/// Weights that are loaded and quantised at a time.
+const PIECE: usize = 1 << 20;
+/// Columns that are transposed at a time: the part of a matrix that they touch stays in a core's cache.
+const TRANSPOSED: usize = 64;
+/// Four-bit linears, and what they ask for: <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>
+const MATMUL_N_BITS: &str = "com.microsoft.MatMulNBits";
+
 /// Writes the graph and its weights into `dir`. The bar advances by one for each weight.
+///
+/// A weight that its source stores in the precision asked for is carried as it is. The most that is in memory at
+/// once is the largest linear and the embedding's scales.
 pub fn write(
     dir: &Path,
     name: &str,
@@ -60,8 +72,17 @@ pub fn bytes(shape: &Shape, precision: Precision) -> u64 {
     tables
         + match precision {
             Precision::F32 => shape.weights() * 4,
-            Precision::Int8 => shape.weights() * (BLOCK as u64 + 4) / BLOCK as u64,
+            Precision::Int8 => int8(shape.weights()),
+            Precision::Q4 => {
+                let embedding = shape.count(Part::Embed);
+                let linears = shape.weights() - embedding;
+                int8(embedding) + linears * (BLOCK as u64 / 2 + 8) / BLOCK as u64
+            }
         }
+}
+
+fn int8(weights: u64) -> u64 {
+    weights * (BLOCK as u64 + 4) / BLOCK as u64
 }
 
 struct Graph<'a> {
@@ -112,44 +133,34 @@ impl Graph<'_> {
     fn tables(&mut self) -> Result<()> {
         let (cos, sin) = rotary_tables(self.shape);
         let size = [self.shape.context, self.shape.head_dim / 2];
-        self.onnx.matrix_f32("rope.cos", size, &cos)?;
-        self.onnx.matrix_f32("rope.sin", size, &sin)
+        self.onnx.matrix("rope.cos", &size, &cos)?;
+        self.onnx.matrix("rope.sin", &size, &sin)
     }
 
     fn embedding(&mut self) -> Result<String> {
         let [rows, columns] = self.shape.of(Part::Embed);
-        let table = self.load(Part::Embed)?;
-        match self.precision {
-            Precision::F32 => {
-                self.onnx
-                    .matrix_f32("embed.weight", [rows, columns], &table)?;
-                self.onnx.node(
-                    "Gather",
-                    &["embed.weight", "input_ids"],
-                    &["embed.out"],
-                    vec![],
-                );
-            }
-            Precision::Int8 => {
-                let table = quantise(&table, columns);
-                self.onnx
-                    .matrix_i8("embed.q", [rows, columns], &table.weights)?;
-                self.onnx
-                    .matrix_f32("embed.scale", [rows, columns / BLOCK], &table.scales)?;
-                self.onnx.node(
-                    "Gather",
-                    &["embed.q", "input_ids"],
-                    &["embed.rows.q"],
-                    vec![],
-                );
-                self.onnx.node(
-                    "Gather",
-                    &["embed.scale", "input_ids"],
-                    &["embed.rows.scale"],
-                    vec![],
-                );
-                self.dequantise("embed.rows", "embed.out", 2);
-            }
+        let gather = |graph: &mut Self, table: &str, out: &str| {
+            graph
+                .onnx
+                .node("Gather", &[table, "input_ids"], &[out], vec![]);
+        };
+        if self.precision == Precision::F32 {
+            self.onnx.begin::<f32>("embed.weight", &[rows, columns])?;
+            self.each(Part::Embed, |onnx, piece| onnx.append(&piece.into_values()))?;
+            gather(self, "embed.weight", "embed.out");
+        } else {
+            self.onnx.begin::<i8>("embed.q", &[rows, columns])?;
+            let mut scales = Vec::with_capacity(rows * columns / BLOCK);
+            self.each(Part::Embed, |onnx, piece| {
+                let piece = eight(piece, columns);
+                scales.extend_from_slice(&piece.scales);
+                onnx.append(&piece.weights)
+            })?;
+            self.onnx
+                .matrix("embed.scale", &[rows, columns / BLOCK], &scales)?;
+            gather(self, "embed.q", "embed.rows.q");
+            gather(self, "embed.scale", "embed.rows.scale");
+            self.dequantise("embed.rows", "embed.out", 2);
         }
         Ok("embed.out".to_owned())
     }
@@ -162,7 +173,7 @@ impl Graph<'_> {
                 self.onnx
                     .node("Transpose", &["embed.weight"], &["head.weight"], perm());
             }
-            Precision::Int8 => {
+            Precision::Int8 | Precision::Q4 => {
                 self.onnx
                     .node("Transpose", &["embed.q"], &["head.q"], perm());
                 self.onnx
@@ -215,7 +226,11 @@ impl Graph<'_> {
 
     fn norm(&mut self, part: Part, name: &str, x: &str) -> Result<String> {
         let (gamma, out) = (format!("{name}.gamma"), format!("{name}.out"));
-        let values = self.load(part)?;
+        let mut values = Vec::new();
+        self.each(part, |_, piece| {
+            values = piece.into_values();
+            Ok(())
+        })?;
         self.onnx.vector(&gamma, &values);
         let attributes = vec![int("axis", -1), float("epsilon", self.shape.epsilon)];
         self.onnx
@@ -232,29 +247,90 @@ impl Graph<'_> {
         out
     }
 
-    /// `x · W` with W stored as `[inputs, outputs]`, as ONNX's MatMul wants it.
     fn linear(&mut self, part: Part, name: &str, x: &str) -> Result<String> {
-        let [rows, columns] = self.shape.of(part);
-        let values = self.load(part)?;
-        let (weight, out) = (format!("{name}.weight"), format!("{name}.out"));
+        let out = format!("{name}.out");
         match self.precision {
-            Precision::F32 => {
-                self.onnx
-                    .matrix_f32(&weight, [columns, rows], &transposed(&values, columns))?;
-            }
-            Precision::Int8 => {
-                let quantised = quantise(&values, columns);
-                let weights = transposed(&quantised.weights, columns);
-                let scales = transposed(&quantised.scales, columns / BLOCK);
-                self.onnx
-                    .matrix_i8(&format!("{name}.q"), [columns, rows], &weights)?;
-                self.onnx
-                    .matrix_f32(&format!("{name}.scale"), [columns / BLOCK, rows], &scales)?;
-                self.dequantise(name, &weight, 0);
-            }
+            Precision::F32 => self.linear_f32(part, name, x, &out)?,
+            Precision::Int8 => self.linear_int8(part, name, x, &out)?,
+            Precision::Q4 => self.linear_q4(part, name, x, &out)?,
         }
-        self.onnx.node("MatMul", &[x, &weight], &[&out], vec![]);
         Ok(out)
+    }
+
+    /// `x · W` with W stored as `[inputs, outputs]`, as ONNX's MatMul wants it.
+    fn linear_f32(&mut self, part: Part, name: &str, x: &str, out: &str) -> Result<()> {
+        let [rows, columns] = self.shape.of(part);
+        let mut values = Vec::with_capacity(rows * columns);
+        self.each(part, |_, piece| {
+            values.append(&mut piece.into_values());
+            Ok(())
+        })?;
+        let weight = format!("{name}.weight");
+        self.transposed(&weight, &values, columns)?;
+        self.onnx.node("MatMul", &[x, &weight], &[out], vec![]);
+        Ok(())
+    }
+
+    /// The same, with int8 weights and their scales dequantised in the graph.
+    fn linear_int8(&mut self, part: Part, name: &str, x: &str, out: &str) -> Result<()> {
+        let [rows, columns] = self.shape.of(part);
+        let mut whole = Eight::default();
+        whole.weights.reserve_exact(rows * columns);
+        self.each(part, |_, piece| {
+            let mut piece = eight(piece, columns);
+            whole.weights.append(&mut piece.weights);
+            whole.scales.append(&mut piece.scales);
+            Ok(())
+        })?;
+        self.transposed(&format!("{name}.q"), &whole.weights, columns)?;
+        self.transposed(&format!("{name}.scale"), &whole.scales, columns / BLOCK)?;
+        let weight = format!("{name}.weight");
+        self.dequantise(name, &weight, 0);
+        self.onnx.node("MatMul", &[x, &weight], &[out], vec![]);
+        Ok(())
+    }
+
+    /// `MatMulNBits` with zero points in f32, which carry any minimum.
+    fn linear_q4(&mut self, part: Part, name: &str, x: &str, out: &str) -> Result<()> {
+        let [rows, columns] = self.shape.of(part);
+        let blocks = columns / BLOCK;
+        let tensors = ["q", "scale", "zero_point"].map(|tensor| format!("{name}.{tensor}"));
+        let [q, scale, zero_point] = tensors.each_ref().map(String::as_str);
+        self.onnx.begin::<u8>(q, &[rows, blocks, BLOCK / 2])?;
+        let (mut scales, mut zero_points) = (Vec::new(), Vec::new());
+        self.each(part, |onnx, piece| {
+            let (pairs, mut of_scales, mut of_zeros) = four(piece).with_zero_points();
+            scales.append(&mut of_scales);
+            zero_points.append(&mut of_zeros);
+            onnx.append(&pairs)
+        })?;
+        self.onnx.matrix(scale, &[rows, blocks], &scales)?;
+        self.onnx
+            .matrix(zero_point, &[rows, blocks], &zero_points)?;
+        let attributes = vec![
+            int("K", columns as i64),
+            int("N", rows as i64),
+            int("bits", 4),
+            int("block_size", BLOCK as i64),
+        ];
+        self.onnx.node(
+            MATMUL_N_BITS,
+            &[x, q, scale, zero_point],
+            &[out],
+            attributes,
+        );
+        Ok(())
+    }
+
+    /// Adds `[rows, columns]` as `[columns, rows]`.
+    fn transposed<T: Element>(&mut self, name: &str, values: &[T], columns: usize) -> Result<()> {
+        let rows = values.len() / columns;
+        self.onnx.begin::<T>(name, &[columns, rows])?;
+        for first in (0..columns).step_by(TRANSPOSED) {
+            let part = first..columns.min(first + TRANSPOSED);
+            self.onnx.append(&transposed(values, columns, part))?;
+        }
+        Ok(())
     }
 
     /// Multiplies `{source}.q` with `{source}.scale`, whose blocks lie along `axis`.
@@ -271,28 +347,54 @@ impl Graph<'_> {
         out
     }
 
-    fn load(&self, part: Part) -> Result<Vec<f32>> {
-        let values = self.weights.load(part)?;
+    /// Loads a weight in pieces of whole rows, and checks each.
+    fn each(
+        &mut self,
+        part: Part,
+        mut take: impl FnMut(&mut Writer, Stored) -> Result<()>,
+    ) -> Result<()> {
         let [rows, columns] = self.shape.of(part);
-        ensure!(
-            values.len() == rows * columns,
-            "{part:?} has {} weights where the model's sizes ask for {rows} × {columns}",
-            values.len()
-        );
-        ensure!(
-            values.iter().all(|v| v.is_finite()),
-            "{part:?} holds a weight that is not a number"
-        );
-        self.bar.inc(values.len() as u64);
-        Ok(values)
+        let step = (PIECE / columns).max(1);
+        for first in (0..rows).step_by(step) {
+            let range = first..rows.min(first + step);
+            let (wanted, piece) = (range.len() * columns, self.weights.load(part, range)?);
+            ensure!(
+                piece.len() == wanted,
+                "{part:?} has {} weights where the model's sizes ask for {wanted}",
+                piece.len(),
+            );
+            ensure!(
+                piece.is_finite(),
+                "{part:?} holds a weight that is not a number"
+            );
+            take(&mut self.onnx, piece)?;
+            self.bar.inc(wanted as u64);
+        }
+        Ok(())
     }
 }
 
-/// `[rows, columns]` to `[columns, rows]`.
-fn transposed<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
+/// As int8, carried if it is that already and within ±127.
+fn eight(piece: Stored, columns: usize) -> Eight {
+    match piece {
+        Stored::Eight(eight) if !eight.weights.contains(&i8::MIN) => eight,
+        other => quant::eight(&other.into_values(), columns),
+    }
+}
+
+/// In four bits, carried if it is that already.
+fn four(piece: Stored) -> Four {
+    match piece {
+        Stored::Four(four) => four,
+        other => quant::four(&other.into_values()),
+    }
+}
+
+/// These columns of `[rows, columns]` as `[columns, rows]`.
+fn transposed<T: Copy>(values: &[T], columns: usize, part: Range<usize>) -> Vec<T> {
     let rows = values.len() / columns;
-    let mut out = Vec::with_capacity(values.len());
-    for column in 0..columns {
+    let mut out = Vec::with_capacity(rows * part.len());
+    for column in part {
         out.extend((0..rows).map(|row| values[row * columns + column]));
     }
     out
@@ -304,6 +406,8 @@ mod tests {
 
     #[test]
     fn transposing_swaps_rows_and_columns() {
-        assert_eq!(transposed(&[1, 2, 3, 4, 5, 6], 3), [1, 4, 2, 5, 3, 6]);
+        let values = [1, 2, 3, 4, 5, 6];
+        assert_eq!(transposed(&values, 3, 0..3), [1, 4, 2, 5, 3, 6]);
+        assert_eq!(transposed(&values, 3, 1..2), [2, 5]);
     }
 }

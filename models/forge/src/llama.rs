@@ -1,7 +1,9 @@
 //! What a llama-like model is made of: its sizes, the names of its parts, and the seam through which a source
 //! of weights hands them over. Writes nothing and reads no file.
 
+use crate::stored::Stored;
 use anyhow::{Result, ensure};
+use std::ops::Range;
 
 /// The sizes of a model; all that the graph needs beside the weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,8 +53,8 @@ pub enum Part {
 
 /// Where weights come from.
 pub trait Weights {
-    /// One weight as f32: a matrix as `[outputs, inputs]`, row-major, rotary channels in halves.
-    fn load(&self, part: Part) -> Result<Vec<f32>>;
+    /// Rows of one weight as they are stored: a matrix is `[outputs, inputs]`, rotary channels in halves.
+    fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored>;
 }
 
 impl Shape {
@@ -95,8 +97,12 @@ impl Shape {
 
     /// The number of weights.
     pub fn weights(&self) -> u64 {
-        let count = |part| self.of(part).iter().map(|&n| n as u64).product::<u64>();
-        self.parts().into_iter().map(count).sum()
+        self.parts().into_iter().map(|part| self.count(part)).sum()
+    }
+
+    /// The number of a part's weights.
+    pub fn count(&self, part: Part) -> u64 {
+        self.of(part).iter().map(|&n| n as u64).product()
     }
 
     /// Checks what the graph's writer relies on.

@@ -5,8 +5,10 @@ use clap::{Parser, Subcommand};
 use millwright_engine::bundle::Bundle;
 use millwright_forge::Precision;
 use millwright_forge::cache::Cache;
-use millwright_forge::catalogue::Catalogue;
-use millwright_forge::pull::{is_current, pull};
+use millwright_forge::catalogue::{Catalogue, Entry};
+use millwright_forge::like::Like;
+use millwright_forge::pull::{is_current, pull, random};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -32,15 +34,32 @@ enum Command {
     Path(Model),
     /// List the models that can be pulled and which are there.
     List,
+    /// Make a model of seeded random weights, to test size and speed: no download, always the same bytes.
+    ///
+    /// It answers nonsense. The weights go to disk as they are drawn; a 1.5b in int8 takes 1.8 GB there and less
+    /// than 100 MB of memory.
+    Tiny(Random),
 }
 
 #[derive(clap::Args)]
 struct Model {
     /// A name from `list`, such as smollm2-135m
     name: String,
-    /// int8 for gateways, f32 as the reference that `millwright eval` compares with
+    /// The first that `list` shows for the model unless given; f32 is what `millwright eval` compares with
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
+}
+
+#[derive(clap::Args)]
+struct Random {
+    /// The shape of a real model; 100 thousand weights otherwise
+    #[arg(long, value_enum)]
+    like: Option<Like>,
     #[arg(long, value_enum, default_value_t = Precision::Int8)]
     precision: Precision,
+    /// The bundle's folder, new or empty
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
 }
 
 fn main() -> ExitCode {
@@ -58,8 +77,9 @@ fn run(command: &Command) -> Result<()> {
     match command {
         Command::Pull(Model { name, precision }) => {
             let entry = catalogue.find(name)?;
+            let precision = entry.precision(*precision)?;
             let began = Instant::now();
-            let pulled = pull(&cache, entry, *precision)?;
+            let pulled = pull(&cache, entry, precision)?;
             if pulled.made {
                 eprintln!(
                     "{name} {precision}: made in {:.1} s",
@@ -70,7 +90,8 @@ fn run(command: &Command) -> Result<()> {
         }
         Command::Path(Model { name, precision }) => {
             let entry = catalogue.find(name)?;
-            let path = cache.bundle(name, *precision);
+            let precision = entry.precision(*precision)?;
+            let path = cache.bundle(name, precision);
             if !is_current(&path, entry) {
                 bail!(
                     "{name} {precision} is not in the cache; `cargo forge pull {name} --precision {precision}` brings it"
@@ -78,23 +99,35 @@ fn run(command: &Command) -> Result<()> {
             }
             println!("{}", path.display());
         }
-        Command::List => {
-            for entry in &catalogue.models {
-                println!("{}\n    {} ({})", entry.name, entry.about, entry.licence);
-                for precision in [Precision::Int8, Precision::F32] {
-                    let path = cache.bundle(&entry.name, precision);
-                    let state = match Bundle::open(&path) {
-                        Ok(bundle) if is_current(&path, entry) => {
-                            let bytes: u64 =
-                                bundle.manifest.files.iter().map(|file| file.bytes).sum();
-                            format!("{:.1} MB at {}", bytes as f64 / 1e6, path.display())
-                        }
-                        _ => "not pulled".to_owned(),
-                    };
-                    println!("    {precision:<5} {state}");
-                }
-            }
+        Command::List => catalogue
+            .models
+            .iter()
+            .for_each(|entry| list(&cache, entry)),
+        Command::Tiny(Random {
+            like,
+            precision,
+            output,
+        }) => {
+            let began = Instant::now();
+            random(output, *like, *precision)?;
+            eprintln!("made in {:.1} s", began.elapsed().as_secs_f32());
+            println!("{}", output.display());
         }
     }
     Ok(())
+}
+
+fn list(cache: &Cache, entry: &Entry) {
+    println!("{}\n    {} ({})", entry.name, entry.about, entry.licence);
+    for precision in &entry.precisions {
+        let path = cache.bundle(&entry.name, *precision);
+        let state = match Bundle::open(&path) {
+            Ok(bundle) if is_current(&path, entry) => {
+                let bytes: u64 = bundle.manifest.files.iter().map(|file| file.bytes).sum();
+                format!("{:.1} MB at {}", bytes as f64 / 1e6, path.display())
+            }
+            _ => "not pulled".to_owned(),
+        };
+        println!("    {precision:<5} {state}");
+    }
 }

@@ -1,9 +1,10 @@
 //! Writes an ONNX file: nodes and small tensors in the graph, matrices in an external data file that grows
-//! as they come, so that one matrix at a time is in memory. Knows protobufs; never what a model looks like.
+//! as they come, piece by piece if need be. Knows protobufs; never what a model looks like.
 
 use anyhow::{Context, Result};
 use millwright_engine::bundle::{GRAPH, WEIGHTS};
 use prost::Message;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,10 @@ use tract_onnx::pb::{
 const OPSET: i64 = 23;
 /// The file format that belongs to that opset.
 const IR_VERSION: i64 = 11;
+/// Of operators outside the standard.
+const CONTRIB_VERSION: i64 = 1;
+/// Values turned to bytes at a time.
+const PIECE: usize = 1 << 14;
 /// Tensors in the data file begin at multiples of this: a cache line, and any vector load's alignment.
 const ALIGNMENT: u64 = 64;
 
@@ -28,7 +33,42 @@ pub struct Writer {
     dir: PathBuf,
     graph: GraphProto,
     data: BufWriter<File>,
+    /// Where the data file ends.
     offset: u64,
+    /// Where it will end once the tensor begun last is whole.
+    end: u64,
+}
+
+/// What a tensor is made of.
+pub trait Element: Copy {
+    const KIND: DataType;
+
+    /// Appends the value, little-endian.
+    fn put(self, out: &mut Vec<u8>);
+}
+
+impl Element for f32 {
+    const KIND: DataType = DataType::Float;
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.extend(self.to_le_bytes());
+    }
+}
+
+impl Element for i8 {
+    const KIND: DataType = DataType::Int8;
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.push(self.cast_unsigned());
+    }
+}
+
+impl Element for u8 {
+    const KIND: DataType = DataType::Uint8;
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.push(self);
+    }
 }
 
 /// An axis of an input or output: a number, or a name where it varies.
@@ -53,10 +93,12 @@ impl Writer {
             graph,
             data: BufWriter::new(data),
             offset: 0,
+            end: 0,
         })
     }
 
-    /// Adds a node that is named after its first output.
+    /// Adds a node that is named after its first output. An operator outside the standard has its domain in
+    /// front, `domain.of.many.parts.Operator`.
     pub fn node(
         &mut self,
         operator: &str,
@@ -65,7 +107,9 @@ impl Writer {
         attributes: Vec<AttributeProto>,
     ) {
         let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        let (domain, operator) = operator.rsplit_once('.').unwrap_or(("", operator));
         self.graph.node.push(NodeProto {
+            domain: domain.to_owned(),
             op_type: operator.to_owned(),
             name: outputs[0].to_owned(),
             input: owned(inputs),
@@ -90,53 +134,79 @@ impl Writer {
         self.graph.initializer.push(tensor);
     }
 
-    /// Adds an f32 matrix, stored in the data file.
-    pub fn matrix_f32(&mut self, name: &str, shape: [usize; 2], values: &[f32]) -> Result<()> {
-        assert_eq!(shape[0] * shape[1], values.len(), "{name}");
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.external(tensor(name, DataType::Float, &shape), &bytes)
+    /// Adds a matrix or more, stored in the data file.
+    pub fn matrix<T: Element>(&mut self, name: &str, shape: &[usize], values: &[T]) -> Result<()> {
+        self.begin::<T>(name, shape)?;
+        self.append(values)
     }
 
-    /// Adds an int8 matrix, stored in the data file.
-    pub fn matrix_i8(&mut self, name: &str, shape: [usize; 2], values: &[i8]) -> Result<()> {
-        assert_eq!(shape[0] * shape[1], values.len(), "{name}");
-        let bytes: Vec<u8> = values.iter().map(|v| v.cast_unsigned()).collect();
-        self.external(tensor(name, DataType::Int8, &shape), &bytes)
-    }
-
-    fn external(&mut self, mut tensor: TensorProto, bytes: &[u8]) -> Result<()> {
+    /// Adds a tensor to the data file whose values follow by [`append`](Writer::append), before any other's.
+    ///
+    /// # Panics
+    /// If the tensor begun before is not whole.
+    pub fn begin<T: Element>(&mut self, name: &str, shape: &[usize]) -> Result<()> {
+        assert_eq!(
+            self.offset, self.end,
+            "the tensor before {name} is not whole"
+        );
         let padding = self.offset.next_multiple_of(ALIGNMENT) - self.offset;
-        let zeros = [0; ALIGNMENT as usize];
-        self.data
-            .write_all(&zeros[..padding as usize])
-            .and_then(|()| self.data.write_all(bytes))
-            .with_context(|| format!("{} can't be written", self.dir.join(WEIGHTS).display()))?;
-        self.offset += padding;
+        self.put(&[0; ALIGNMENT as usize][..padding as usize])?;
+        let length = (shape.iter().product::<usize>() * size_of::<T>()) as u64;
         let entry = |key: &str, value: String| StringStringEntryProto {
             key: key.to_owned(),
             value,
         };
+        let mut tensor = tensor(name, T::KIND, shape);
         tensor.data_location = Some(DataLocation::External as i32);
         tensor.external_data = vec![
             entry("location", WEIGHTS.to_owned()),
             entry("offset", self.offset.to_string()),
-            entry("length", bytes.len().to_string()),
+            entry("length", length.to_string()),
         ];
-        self.offset += bytes.len() as u64;
+        self.end = self.offset + length;
         self.graph.initializer.push(tensor);
         Ok(())
     }
 
+    /// The next values of the tensor begun last.
+    pub fn append<T: Element>(&mut self, values: &[T]) -> Result<()> {
+        let mut bytes = Vec::with_capacity(PIECE.min(values.len()) * size_of::<T>());
+        for piece in values.chunks(PIECE) {
+            bytes.clear();
+            for value in piece {
+                value.put(&mut bytes);
+            }
+            self.put(&bytes)?;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = self.data.write_all(bytes);
+        self.offset += bytes.len() as u64;
+        written.with_context(|| format!("{} can't be written", self.dir.join(WEIGHTS).display()))
+    }
+
     /// Writes the graph and brings both files to disk.
+    ///
+    /// # Panics
+    /// If the tensor begun last is not whole.
     pub fn finish(self) -> Result<()> {
+        assert_eq!(self.offset, self.end, "the last tensor is not whole");
+        let domains: BTreeSet<&str> = self.graph.node.iter().map(|n| n.domain.as_str()).collect();
+        let opset = |domain: &str| OperatorSetIdProto {
+            domain: domain.to_owned(),
+            version: if domain.is_empty() {
+                OPSET
+            } else {
+                CONTRIB_VERSION
+            },
+        };
         let model = ModelProto {
             ir_version: IR_VERSION,
             producer_name: "millwright-forge".to_owned(),
             producer_version: env!("CARGO_PKG_VERSION").to_owned(),
-            opset_import: vec![OperatorSetIdProto {
-                domain: String::new(),
-                version: OPSET,
-            }],
+            opset_import: domains.into_iter().map(opset).collect(),
             graph: Some(self.graph),
             ..ModelProto::default()
         };

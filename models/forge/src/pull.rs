@@ -6,9 +6,10 @@ use crate::catalogue::{Entry, Package};
 use crate::convert::{Source, chat_template, vocabulary};
 use crate::fetch::fetch;
 use crate::gguf::Gguf;
+use crate::like::Like;
 use crate::llama::Shape;
-use crate::{Precision, graph, tiny};
-use anyhow::{Context, Result};
+use crate::{Precision, graph, like, tiny};
+use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use millwright_engine::bundle::Bundle;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,27 @@ fn describe(
             package.member_sha256
         ),
     })
+}
+
+/// Makes a random model in a folder of the caller's, which must be new or empty: in the shape of a real one, or tiny.
+pub fn random(dir: &Path, like: Option<Like>, precision: Precision) -> Result<()> {
+    let taken = match dir.read_dir() {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    };
+    ensure!(
+        !taken,
+        "{} is not a new or empty folder; name one that is",
+        dir.display()
+    );
+    let Some(like) = like else {
+        return explained(tiny::write(dir, precision), dir, &tiny::shape(), precision);
+    };
+    let shape = like.shape();
+    let bar = bar(shape.weights(), &format!("writing {precision}"));
+    let written = like::write(dir, &like.name(), &shape, precision, &bar);
+    bar.finish_and_clear();
+    explained(written, dir, &shape, precision)
 }
 
 fn explained(

@@ -4,10 +4,12 @@
 use crate::Precision;
 use crate::bundle::{self, Description};
 use crate::llama::{Part, Shape, Weights};
+use crate::stored::Stored;
 use crate::tokenizer::{Splitting, Vocabulary, byte_alphabet};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 /// The catalogue's name for it.
@@ -31,9 +33,10 @@ const TEMPLATE: &str = "{% for message in messages %}\
 /// Writes the tiny bundle into `dir`, which is created if need be: the same bytes every time.
 pub fn write(dir: &Path, precision: Precision) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("{} can't be created", dir.display()))?;
+    let source = "seeded random weights, for tests";
     bundle::write(
         dir,
-        &description(),
+        &description(NAME, &shape(), source),
         precision,
         &Seeded,
         &ProgressBar::hidden(),
@@ -56,20 +59,22 @@ pub fn shape() -> Shape {
     }
 }
 
-fn description() -> Description {
+/// Of a model with random weights: names nobody and chats in a simple template.
+pub(crate) fn description(name: &str, shape: &Shape, source: &str) -> Description {
     Description {
-        name: NAME.to_owned(),
+        name: name.to_owned(),
         version: VERSION.to_owned(),
-        shape: shape(),
-        vocabulary: vocabulary(),
+        shape: shape.clone(),
+        vocabulary: vocabulary(shape.vocab),
         chat_template: TEMPLATE.to_owned(),
         stop_tokens: vec!["<|im_end|>".to_owned()],
-        source: "seeded random weights, for tests".to_owned(),
+        source: source.to_owned(),
     }
 }
 
-/// The special tokens, every byte, and as many merges as fill the vocabulary.
-fn vocabulary() -> Vocabulary {
+/// The special tokens, every byte, as many merges as this size has room for and the text has words for, and
+/// then tokens that no text leads to.
+fn vocabulary(size: usize) -> Vocabulary {
     let alphabet = byte_alphabet();
     let mut tokens: Vec<String> = SPECIAL.map(str::to_owned).into();
     tokens.extend(alphabet.map(String::from));
@@ -83,9 +88,10 @@ fn vocabulary() -> Vocabulary {
         })
         .collect();
     let mut merges = Vec::new();
-    while tokens.len() < VOCAB {
-        let (left, right) =
-            commonest_pair(&words).expect("the text has pairs enough for the vocabulary");
+    while tokens.len() < size {
+        let Some((left, right)) = commonest_pair(&words) else {
+            break;
+        };
         let joined = format!("{left}{right}");
         for word in &mut words {
             join(word, &left, &right);
@@ -96,6 +102,7 @@ fn vocabulary() -> Vocabulary {
             tokens.push(joined);
         }
     }
+    tokens.extend((tokens.len()..size).map(|id| format!("<{id}>")));
     Vocabulary {
         tokens,
         merges,
@@ -124,40 +131,52 @@ fn join(word: &mut Vec<String>, left: &str, right: &str) {
     }
 }
 
-/// Weights drawn from the part's own seed. The embedding is small beside what the layers add, else a tied head
-/// would only repeat the last token.
+/// Weights drawn one by one from the part's own seed.
 struct Seeded;
 
 impl Weights for Seeded {
-    fn load(&self, part: Part) -> Result<Vec<f32>> {
-        let [rows, columns] = shape().of(part);
-        let seed = shape()
-            .parts()
-            .iter()
-            .position(|p| *p == part)
-            .context("not a part of the tiny model")?;
-        let (mean, deviation) = match part {
-            Part::Embed => (0.0, 0.25),
-            Part::FinalNorm | Part::AttentionNorm(_) | Part::MlpNorm(_) => (1.0, 0.1),
-            Part::Output(_) | Part::Down(_) => (0.0, 2.0 / (columns as f32).sqrt()),
-            _ => (0.0, 1.5 / (columns as f32).sqrt()),
-        };
+    fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
+        let shape = shape();
+        let [_, columns] = shape.of(part);
+        let (seed, (mean, deviation)) = (seed(&shape, part)?, spread(part, columns));
         let draw = |i| mean + deviation * normal((seed << 32 | i) as u64);
-        Ok((0..rows * columns).map(draw).collect())
+        let range = rows.start * columns..rows.end * columns;
+        Ok(Stored::Plain(range.map(draw).collect()))
+    }
+}
+
+/// A number for each part.
+pub(crate) fn seed(shape: &Shape, part: Part) -> Result<usize> {
+    let at = shape.parts().iter().position(|p| *p == part);
+    at.context("not a part of the model")
+}
+
+/// Mean and standard deviation of a part's weights. The embedding is small beside what the layers add, else a
+/// tied head would only repeat the last token.
+pub(crate) fn spread(part: Part, columns: usize) -> (f32, f32) {
+    match part {
+        Part::Embed => (0.0, 0.25),
+        Part::FinalNorm | Part::AttentionNorm(_) | Part::MlpNorm(_) => (1.0, 0.1),
+        Part::Output(_) | Part::Down(_) => (0.0, 2.0 / (columns as f32).sqrt()),
+        _ => (0.0, 1.5 / (columns as f32).sqrt()),
     }
 }
 
 /// A number that is nearly normal, from a counter: the sum of four 16-bit parts of one hash, so that no
 /// platform's logarithm has a say.
-fn normal(counter: u64) -> f32 {
-    // SplitMix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-    let mut z = counter.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^= z >> 31;
+pub(crate) fn normal(counter: u64) -> f32 {
+    let z = hash(counter);
     let sum: u64 = (0..4).map(|part| (z >> (16 * part)) & 0xFFFF).sum();
     // Four uniform parts have mean 2 and variance 4 / 12.
     (sum as f32 / 65536.0 - 2.0) * 1.732_050_8
+}
+
+/// SplitMix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+pub(crate) fn hash(counter: u64) -> u64 {
+    let mut z = counter.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 #[cfg(test)]
@@ -168,7 +187,7 @@ mod tests {
 
     #[test]
     fn it_is_a_valid_bundle_and_the_same_every_time() {
-        for precision in [Precision::Int8, Precision::F32] {
+        for precision in Precision::ALL {
             let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
             write(a.path(), precision).unwrap();
             write(b.path(), precision).unwrap();

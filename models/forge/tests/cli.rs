@@ -128,7 +128,7 @@ fn pulls_at_the_same_time_make_one_sound_bundle() {
 fn an_unknown_name_lists_the_known() {
     let said = Forge::new().fails(&["pull", "gpt-5"]);
     assert!(
-        said.contains("there is no model \"gpt-5\"") && said.contains("smollm2-135m, tiny"),
+        said.contains("there is no model \"gpt-5\"") && said.contains("smollm2-135m-q4, tiny"),
         "{said}"
     );
 }
@@ -186,4 +186,25 @@ fn without_python_it_says_what_to_install() {
         .unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("python3 is not on this machine"), "{said}");
+}
+
+#[test]
+fn a_random_model_goes_into_a_new_or_empty_folder_only() {
+    let forge = Forge::new();
+    let folder = forge.home.path().join("random");
+    let output = folder.to_str().unwrap();
+    let made = forge.run(&["tiny", "--precision", "q4", "-o", output]);
+    assert_eq!(made.stdout, format!("{output}\n").into_bytes(), "{made:?}");
+    let bundle = millwright_engine::bundle::Bundle::open(&folder).unwrap();
+    assert_eq!(bundle.manifest.precision, "q4");
+    let said = forge.fails(&["tiny", "-o", output]);
+    assert!(said.contains("is not a new or empty folder"), "{said}");
+    let help = String::from_utf8(forge.run(&["tiny", "--help"]).stdout).unwrap();
+    assert!(help.contains("135m") && help.contains("1.5b"), "{help}");
+}
+
+#[test]
+fn a_precision_that_a_model_is_not_made_in_is_refused_with_those_it_is() {
+    let said = Forge::new().fails(&["pull", "smollm2-135m-q4", "--precision", "f32"]);
+    assert!(said.contains("not made in f32, only in q4"), "{said}");
 }

@@ -1,6 +1,6 @@
-//! AVX2 with FMA and F16C: a vector is two registers of eight lanes. Byte products go through
-//! `vpmaddubsw(|w|, sign(a, w))`: both factors are at most 128 and 127 in magnitude, so its 16-bit sums of two
-//! do not saturate (2 · 128 · 127 < 32,768).
+//! AVX2 with FMA and F16C, and perhaps AVX-VNNI: a vector is two registers of eight lanes. With VNNI byte products are
+//! as in `avx512`. Without, they go through `vpmaddubsw(|w|, sign(a, w))`: both factors are at most 128 and 127 in
+//! magnitude, so its 16-bit sums of two do not saturate (2 · 128 · 127 < 32,768).
 
 #![allow(clippy::wildcard_imports, reason = "intrinsics carry their own prefix")]
 #![allow(
@@ -11,11 +11,11 @@
 use crate::simd::{Activations, Simd, Weights};
 use std::arch::x86_64::*;
 
-/// Exists only on CPUs with avx2, fma and f16c.
+/// Exists only on CPUs with avx2, fma and f16c; if `VNNI`, with avxvnni too.
 #[derive(Copy, Clone)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     /// # Safety
     /// The CPU has the features above.
     #[inline(always)]
@@ -35,10 +35,12 @@ macro_rules! op {
 
 type F = [__m256; 2];
 
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
-    type I = [__m256i; 2];
+    type Sums = [__m256i; 2];
     const TOKENS: usize = 4;
+    const VECTORS: usize = 1;
+    const OFFSET: bool = VNNI;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -66,6 +68,17 @@ impl Simd for Avx2 {
         op! {
             let half = x.as_ptr().cast::<__m128i>();
             [_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> F {
+        op! {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(x))),
+            ]
         }
     }
 
@@ -164,33 +177,35 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sums(self, x: &[F; 16]) -> F {
-        [
-            sums8(self, x[..8].as_chunks().0),
-            sums8(self, x[8..].as_chunks().0),
-        ]
+    fn start<const T: usize>(self, from: [i32; T]) -> [[__m256i; 2]; T] {
+        let mut sums = [op!([_mm256_setzero_si256(); 2]); T];
+        for token in 0..T {
+            sums[token] = op!([_mm256_set1_epi32(from[token]); 2]);
+        }
+        sums
     }
 
     #[inline(always)]
     fn dot<const T: usize>(
         self,
+        mut sums: [[__m256i; 2]; T],
         w: &Weights,
-        a: &[Activations; T],
-        _: &[i32; T],
+        a: [&Activations; T],
     ) -> [[__m256i; 2]; T] {
-        let mut sums = [op!([_mm256_setzero_si256(); 2]); T];
-        let ones = op!(_mm256_set1_epi16(1));
-        for (k4, w) in w.as_chunks::<64>().0.iter().enumerate() {
-            let w = op! {[_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast())]};
+        for (k4, w) in w.iter().enumerate() {
+            let w = load(self, w);
             let magnitude = op!([_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])]);
             for token in 0..T {
-                let a = op!(_mm256_set1_epi32(
-                    a[token].as_ptr().cast::<i32>().add(k4).read_unaligned()
-                ));
+                let a = op!(four(a[token], k4));
                 for half in 0..2 {
-                    sums[token][half] = op! {
-                        let pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(a, w[half]));
-                        _mm256_add_epi32(sums[token][half], _mm256_madd_epi16(pairs, ones))
+                    sums[token][half] = if VNNI {
+                        op!(_mm256_dpbusd_avx_epi32(sums[token][half], w[half], a))
+                    } else {
+                        op!(add_products(
+                            sums[token][half],
+                            magnitude[half],
+                            _mm256_sign_epi8(a, w[half])
+                        ))
                     };
                 }
             }
@@ -199,35 +214,67 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn to_f32(self, x: [__m256i; 2]) -> F {
-        op!([_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])])
+    fn dot_nibbles<const T: usize, const HIGH: bool>(
+        self,
+        mut sums: [[__m256i; 2]; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [[__m256i; 2]; T] {
+        for (k4, w) in w.iter().enumerate() {
+            let mut w = load(self, w);
+            for w in &mut w {
+                *w = op! {
+                    let w = if HIGH { _mm256_srli_epi16::<4>(*w) } else { *w };
+                    _mm256_and_si256(w, _mm256_set1_epi8(15))
+                };
+            }
+            for token in 0..T {
+                let a = op!(four(a[token], k4));
+                for half in 0..2 {
+                    sums[token][half] = if VNNI {
+                        op!(_mm256_dpbusd_avx_epi32(sums[token][half], w[half], a))
+                    } else {
+                        op!(add_products(sums[token][half], w[half], a))
+                    };
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn finish<const T: usize>(self, sums: [[__m256i; 2]; T]) -> [F; T] {
+        let mut out = [op!([_mm256_setzero_ps(); 2]); T];
+        for token in 0..T {
+            out[token] = op!([
+                _mm256_cvtepi32_ps(sums[token][0]),
+                _mm256_cvtepi32_ps(sums[token][1])
+            ]);
+        }
+        out
     }
 }
 
-/// The sums of eight vectors, as pairs of pairs.
 #[inline(always)]
-fn sums8(s: Avx2, x: &[[F; 4]]) -> __m256 {
-    let [low, high] = x else {
-        unreachable!("eight vectors are two fours")
-    };
-    let (a, b, c, d) = (
-        fold(s, low[0], high[0]),
-        fold(s, low[1], high[1]),
-        fold(s, low[2], high[2]),
-        fold(s, low[3], high[3]),
-    );
+fn load<const VNNI: bool>(_: Avx2<VNNI>, w: &[u8; 64]) -> [__m256i; 2] {
     op! {
-        let ab = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b));
-        let cd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(c, d), _mm256_shuffle_ps::<0xee>(c, d));
-        _mm256_add_ps(_mm256_shuffle_ps::<0x88>(ab, cd), _mm256_shuffle_ps::<0xdd>(ab, cd))
+        [_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w.as_ptr().add(32).cast())]
     }
 }
 
-/// Lanes i + 8 onto i, then i + 4 onto i, for two vectors: four lanes of each, in order.
+/// Four activations, for every row.
 #[inline(always)]
-fn fold(_: Avx2, a: F, b: F) -> __m256 {
-    op! {
-        let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
-        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+unsafe fn four(a: &Activations, k4: usize) -> __m256i {
+    // SAFETY: four bytes from 4 · `k4` on lie within the sixteen; the caller has the features.
+    unsafe { _mm256_set1_epi32(a.as_ptr().cast::<i32>().add(k4).read_unaligned()) }
+}
+
+/// `sums + unsigned · signed`, four bytes to a lane, by way of 16 bits.
+#[inline(always)]
+unsafe fn add_products(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: the caller has the features.
+    unsafe {
+        let pairs = _mm256_maddubs_epi16(unsigned, signed);
+        _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     }
 }

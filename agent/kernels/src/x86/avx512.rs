@@ -34,8 +34,11 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     type F = __m512;
-    type I = __m512i;
+    type Sums = __m512i;
     const TOKENS: usize = 8;
+    const PAIRS: bool = true;
+    const VECTORS: usize = 4;
+    const OFFSET: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -55,6 +58,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn load_f16(self, x: &[u8; 32]) -> __m512 {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> __m512 {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+            x.as_ptr().cast()
+        ))))
     }
 
     #[inline(always)]
@@ -137,56 +147,80 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn sums(self, x: &[__m512; 16]) -> __m512 {
-        let (a, b) = (
-            fold(self, x[0], x[4], x[8], x[12]),
-            fold(self, x[1], x[5], x[9], x[13]),
-        );
-        let (c, d) = (
-            fold(self, x[2], x[6], x[10], x[14]),
-            fold(self, x[3], x[7], x[11], x[15]),
-        );
-        op! {
-            // Lanes 2 and 3 onto 0 and 1, then 1 onto 0, in each 128 bits.
-            let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
-            let cd = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(c, d), _mm512_shuffle_ps::<0xee>(c, d));
-            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(ab, cd), _mm512_shuffle_ps::<0xdd>(ab, cd))
+    fn start<const T: usize>(self, from: [i32; T]) -> [__m512i; T] {
+        let mut sums = [op!(_mm512_setzero_si512()); T];
+        for token in 0..T {
+            sums[token] = op!(_mm512_set1_epi32(from[token]));
         }
+        sums
     }
 
     #[inline(always)]
     fn dot<const T: usize>(
         self,
+        sums: [__m512i; T],
         w: &Weights,
-        a: &[Activations; T],
-        offsets: &[i32; T],
+        a: [&Activations; T],
     ) -> [__m512i; T] {
-        let mut sums = [op!(_mm512_setzero_si512()); T];
-        for token in 0..T {
-            sums[token] = op!(_mm512_set1_epi32(offsets[token]));
-        }
-        for (k4, w) in w.as_chunks::<64>().0.iter().enumerate() {
-            let w = op!(_mm512_loadu_si512(w.as_ptr().cast()));
+        let [sums] = self.dots([sums], [w], a);
+        sums
+    }
+
+    #[inline(always)]
+    fn dots<const T: usize, const R: usize>(
+        self,
+        mut sums: [[__m512i; T]; R],
+        w: [&Weights; R],
+        a: [&Activations; T],
+    ) -> [[__m512i; T]; R] {
+        for k4 in 0..4 {
+            let mut x = [op!(_mm512_setzero_si512()); R];
+            for tile in 0..R {
+                x[tile] = op!(_mm512_loadu_si512(w[tile][k4].as_ptr().cast()));
+            }
             for token in 0..T {
-                let a = op!(a[token].as_ptr().cast::<i32>().add(k4).read_unaligned());
-                sums[token] = op!(_mm512_dpbusd_epi32(sums[token], w, _mm512_set1_epi32(a)));
+                let a = op!(four(a[token], k4));
+                for tile in 0..R {
+                    sums[tile][token] = op!(_mm512_dpbusd_epi32(sums[tile][token], x[tile], a));
+                }
             }
         }
         sums
     }
 
     #[inline(always)]
-    fn to_f32(self, x: __m512i) -> __m512 {
-        op!(_mm512_cvtepi32_ps(x))
+    fn dot_nibbles<const T: usize, const HIGH: bool>(
+        self,
+        mut sums: [__m512i; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [__m512i; T] {
+        for (k4, w) in w.iter().enumerate() {
+            let w = op! {
+                let w = _mm512_loadu_si512(w.as_ptr().cast());
+                let w = if HIGH { _mm512_srli_epi16::<4>(w) } else { w };
+                _mm512_and_si512(w, _mm512_set1_epi8(15))
+            };
+            for token in 0..T {
+                sums[token] = op!(_mm512_dpbusd_epi32(sums[token], w, four(a[token], k4)));
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn finish<const T: usize>(self, sums: [__m512i; T]) -> [__m512; T] {
+        let mut out = [op!(_mm512_setzero_ps()); T];
+        for token in 0..T {
+            out[token] = op!(_mm512_cvtepi32_ps(sums[token]));
+        }
+        out
     }
 }
 
-/// Lanes i + 8 onto i, then i + 4 onto i, for four vectors: four lanes of each, in order.
+/// Four activations, for every row.
 #[inline(always)]
-fn fold(_: Avx512, a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
-    op! {
-        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
-    }
+unsafe fn four(a: &Activations, k4: usize) -> __m512i {
+    // SAFETY: four bytes from 4 · `k4` on lie within the sixteen; the caller has the features.
+    unsafe { _mm512_set1_epi32(a.as_ptr().cast::<i32>().add(k4).read_unaligned()) }
 }

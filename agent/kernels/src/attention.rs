@@ -1,0 +1,388 @@
+//! Attention over a cache of 64-position blocks, once, on top of sixteen lanes. ARITHMETIC.md says the same in words.
+//! Knows nothing of positions in a batch or of threads: `kernel` cuts the work.
+//!
+//! Keys lie transposed, so that lanes are keys and a score needs no sum over lanes; up to four queries share
+//! each vector that is loaded, mostly the query heads of one KV head.
+
+use crate::generic::{exp, max_lane};
+use crate::math;
+use crate::simd::{self, Simd};
+use std::ops::Range;
+
+/// Positions in a KV block, and keys in a tile of the softmax.
+pub const KV_BLOCK: usize = 64;
+/// Queries that one call takes.
+pub(crate) const QUERIES_MAX: usize = 12;
+
+/// One block of one KV head's cache: keys `[head, 64]` (transposed) and values `[64, head]`.
+#[derive(Copy, Clone)]
+pub enum KvBlock<'a> {
+    F16 {
+        keys: &'a [u16],
+        values: &'a [u16],
+    },
+    /// Each key and each value is its bytes times its scale.
+    I8 {
+        keys: &'a [i8],
+        values: &'a [i8],
+        key_scales: &'a [f32; KV_BLOCK],
+        value_scales: &'a [f32; KV_BLOCK],
+    },
+}
+
+/// One query head of one token.
+pub(crate) struct Query<'a> {
+    /// `[head]`
+    pub(crate) q: &'a [f32],
+    /// Positions that it sees, from the first on.
+    pub(crate) keys: usize,
+    /// `[head]`
+    pub(crate) out: &'a mut [f32],
+}
+
+/// Block `i` of the sequence, for one KV head.
+pub(crate) type Blocks<'f, 'kv> = dyn Fn(usize) -> KvBlock<'kv> + 'f;
+
+/// A number as the cache holds it.
+trait Element: Copy {
+    fn load<S: Simd>(s: S, x: &[Self; 16]) -> S::F;
+    const ZERO: Self;
+}
+
+impl Element for u16 {
+    const ZERO: Self = 0;
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[u16; 16]) -> S::F {
+        s.load_f16(simd::bytes(x))
+    }
+}
+
+impl Element for i8 {
+    const ZERO: Self = 0;
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, x: &[i8; 16]) -> S::F {
+        s.load_i8(x)
+    }
+}
+
+/// A block's numbers, of either kind.
+#[derive(Copy, Clone)]
+struct View<'a, E> {
+    keys: &'a [E],
+    values: &'a [E],
+    scales: Option<(&'a [f32; KV_BLOCK], &'a [f32; KV_BLOCK])>,
+}
+
+/// The softmax so far.
+#[derive(Copy, Clone)]
+struct Running {
+    top: f32,
+    total: f32,
+}
+
+/// Up to twelve queries against the cache of one KV head, ordered by the number of keys they see.
+#[inline(always)]
+pub(crate) fn attend<S: Simd>(s: S, queries: &mut [Query], blocks: &Blocks, scale: f32) {
+    let longest = queries.last().map_or(0, |query| query.keys);
+    let mut running = [Running {
+        top: f32::NEG_INFINITY,
+        total: 0.0,
+    }; QUERIES_MAX];
+    for query in &mut *queries {
+        query.out.fill(0.0);
+    }
+    for block in 0..longest.div_ceil(KV_BLOCK) {
+        let before = block * KV_BLOCK;
+        let blind = queries.partition_point(|query| query.keys <= before);
+        let (queries, running) = (&mut queries[blind..], &mut running[blind..]);
+        match blocks(block) {
+            KvBlock::F16 { keys, values } => {
+                let view = View {
+                    keys,
+                    values,
+                    scales: None,
+                };
+                tile(s, queries, running, view, before, scale);
+            }
+            KvBlock::I8 {
+                keys,
+                values,
+                key_scales,
+                value_scales,
+            } => {
+                let view = View {
+                    keys,
+                    values,
+                    scales: Some((key_scales, value_scales)),
+                };
+                tile(s, queries, running, view, before, scale);
+            }
+        }
+    }
+    for (query, running) in queries.iter_mut().zip(running) {
+        for out in query.out.chunks_mut(16) {
+            let y = s.div(s.load_part(out), s.splat(running.total));
+            s.store_part(y, out);
+        }
+    }
+}
+
+/// One block for all queries, a few at a time.
+#[inline(always)]
+fn tile<S: Simd, E: Element>(
+    s: S,
+    queries: &mut [Query],
+    running: &mut [Running],
+    view: View<E>,
+    before: usize,
+    scale: f32,
+) {
+    let mut at = 0;
+    while at < queries.len() {
+        let (queries, running) = (&mut queries[at..], &mut running[at..]);
+        at += match queries.len() {
+            1 => several::<S, E, 1>(s, queries, running, view, before, scale),
+            2 => several::<S, E, 2>(s, queries, running, view, before, scale),
+            3 => several::<S, E, 3>(s, queries, running, view, before, scale),
+            _ => several::<S, E, 4>(s, queries, running, view, before, scale),
+        };
+    }
+}
+
+#[inline(always)]
+fn several<S: Simd, E: Element, const Q: usize>(
+    s: S,
+    queries: &mut [Query],
+    running: &mut [Running],
+    view: View<E>,
+    before: usize,
+    scale: f32,
+) -> usize {
+    let mut present = [0; Q];
+    let mut p = [[0.0; KV_BLOCK]; Q];
+    let mut decay = [0.0; Q];
+    let mut q: [&[f32]; Q] = [&[]; Q];
+    for at in 0..Q {
+        present[at] = (queries[at].keys - before).min(KV_BLOCK);
+        q[at] = queries[at].q;
+    }
+    scores(s, q, view.keys, present[Q - 1], &mut p);
+    for at in 0..Q {
+        if let Some((scales, _)) = view.scales {
+            times(s, &mut p[at], scales);
+        }
+        decay[at] = soften(s, &mut p[at], present[at], scale, &mut running[at]);
+        if let Some((_, scales)) = view.scales {
+            times(s, &mut p[at], scales);
+        }
+    }
+    // What all of them see, then what only the later ones do.
+    let mut out: [&mut [f32]; Q] = queries.each_out();
+    accumulate(s, &p, 0..present[0], view.values, decay, &mut out);
+    for at in 1..Q {
+        if present[at] > present[0] {
+            let (p, out) = ([p[at]], &mut [&mut *out[at]]);
+            accumulate(s, &p, present[0]..present[at], view.values, [1.0], out);
+        }
+    }
+    Q
+}
+
+/// The outputs of the first `Q` queries.
+trait Outputs {
+    fn each_out<const Q: usize>(&mut self) -> [&mut [f32]; Q];
+}
+
+impl Outputs for [Query<'_>] {
+    #[inline(always)]
+    fn each_out<const Q: usize>(&mut self) -> [&mut [f32]; Q] {
+        let queries: &mut [Query; Q] = self.first_chunk_mut().expect("there are Q queries");
+        queries.each_mut().map(|query| &mut *query.out)
+    }
+}
+
+/// `p = q · keys`, for at least the first `present` keys of the block.
+#[inline(always)]
+fn scores<S: Simd, E: Element, const Q: usize>(
+    s: S,
+    q: [&[f32]; Q],
+    keys: &[E],
+    present: usize,
+    p: &mut [[f32; KV_BLOCK]; Q],
+) {
+    let step = 16 * S::VECTORS;
+    for at in (0..present).step_by(step) {
+        match S::VECTORS {
+            4 => products::<S, E, Q, 4>(s, q, keys, at, p),
+            2 => products::<S, E, Q, 2>(s, q, keys, at, p),
+            _ => products::<S, E, Q, 1>(s, q, keys, at, p),
+        }
+    }
+}
+
+#[inline(always)]
+fn products<S: Simd, E: Element, const Q: usize, const V: usize>(
+    s: S,
+    q: [&[f32]; Q],
+    keys: &[E],
+    at: usize,
+    p: &mut [[f32; KV_BLOCK]; Q],
+) {
+    let rows = keys.as_chunks::<KV_BLOCK>().0;
+    let q = q.map(|q| &q[..rows.len()]);
+    let mut sums = [[s.splat(0.0); V]; Q];
+    for (dim, row) in rows.iter().enumerate() {
+        let row = row[at..at + 16 * V].as_chunks::<16>().0;
+        for vector in 0..V {
+            let k = E::load(s, &row[vector]);
+            for query in 0..Q {
+                let x = s.splat(q[query][dim]);
+                sums[query][vector] = s.fma(k, x, sums[query][vector]);
+            }
+        }
+    }
+    for query in 0..Q {
+        let out = p[query][at..at + 16 * V].as_chunks_mut::<16>().0;
+        for vector in 0..V {
+            s.store(sums[query][vector], &mut out[vector]);
+        }
+    }
+}
+
+/// Turns scores into weights relative to the largest score so far, which it updates; the factor by which what was
+/// summed before shrinks.
+#[inline(always)]
+fn soften<S: Simd>(
+    s: S,
+    p: &mut [f32; KV_BLOCK],
+    present: usize,
+    scale: f32,
+    running: &mut Running,
+) -> f32 {
+    for p in p.as_chunks_mut::<16>().0 {
+        s.store(s.mul(s.load(p), s.splat(scale)), p);
+    }
+    // What lies behind the last key is somebody else's or nobody's.
+    p[present..].fill(f32::NEG_INFINITY);
+    let mut top = s.splat(f32::NEG_INFINITY);
+    for p in p.as_chunks::<16>().0 {
+        top = s.max(s.load(p), top);
+    }
+    let tile = max_lane(s, top);
+    let top = if running.top > tile {
+        running.top
+    } else {
+        tile
+    };
+    let decay = math::exp(running.top - top);
+    let mut weights = s.splat(0.0);
+    for p in p.as_chunks_mut::<16>().0 {
+        let e = exp(s, s.sub(s.load(p), s.splat(top)));
+        weights = s.add(weights, e);
+        s.store(e, p);
+    }
+    running.total = running.total.mul_add(decay, s.sum(weights));
+    running.top = top;
+    decay
+}
+
+#[inline(always)]
+fn times<S: Simd>(s: S, p: &mut [f32; KV_BLOCK], scales: &[f32; KV_BLOCK]) {
+    for (p, scales) in p
+        .as_chunks_mut::<16>()
+        .0
+        .iter_mut()
+        .zip(scales.as_chunks().0)
+    {
+        s.store(s.mul(s.load(p), s.load(scales)), p);
+    }
+}
+
+/// `out = out · decay + Σ p_j · v_j`, j ascending over `keys`.
+#[inline(always)]
+fn accumulate<S: Simd, E: Element, const Q: usize>(
+    s: S,
+    p: &[[f32; KV_BLOCK]; Q],
+    keys: Range<usize>,
+    values: &[E],
+    decay: [f32; Q],
+    out: &mut [&mut [f32]; Q],
+) {
+    let head = out[0].len();
+    let mut at = 0;
+    while at + 16 <= head {
+        at += match S::VECTORS {
+            4 if at + 64 <= head => weigh::<S, E, Q, 4>(s, p, &keys, values, decay, out, at),
+            2.. if at + 32 <= head => weigh::<S, E, Q, 2>(s, p, &keys, values, decay, out, at),
+            _ => weigh::<S, E, Q, 1>(s, p, &keys, values, decay, out, at),
+        };
+    }
+    if at < head {
+        weigh_rest(s, p, &keys, values, decay, out, at);
+    }
+}
+
+/// `accumulate` for the `16 · V` dimensions from `at` on.
+#[inline(always)]
+fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
+    s: S,
+    p: &[[f32; KV_BLOCK]; Q],
+    keys: &Range<usize>,
+    values: &[E],
+    decay: [f32; Q],
+    out: &mut [&mut [f32]; Q],
+    at: usize,
+) -> usize {
+    let head = out[0].len();
+    let mut sums = [[s.splat(0.0); V]; Q];
+    for query in 0..Q {
+        let old = out[query][at..at + 16 * V].as_chunks().0;
+        for vector in 0..V {
+            sums[query][vector] = s.mul(s.load(&old[vector]), s.splat(decay[query]));
+        }
+    }
+    let rows = values.chunks_exact(head).enumerate();
+    for (key, row) in rows.take(keys.end).skip(keys.start) {
+        let row = row[at..at + 16 * V].as_chunks().0;
+        for vector in 0..V {
+            let v = E::load(s, &row[vector]);
+            for query in 0..Q {
+                let weight = s.splat(p[query][key]);
+                sums[query][vector] = s.fma(weight, v, sums[query][vector]);
+            }
+        }
+    }
+    for query in 0..Q {
+        let new = out[query][at..at + 16 * V].as_chunks_mut().0;
+        for vector in 0..V {
+            s.store(sums[query][vector], &mut new[vector]);
+        }
+    }
+    16 * V
+}
+
+/// `accumulate` for the last, fewer than sixteen, dimensions from `at` on.
+#[inline(always)]
+fn weigh_rest<S: Simd, E: Element, const Q: usize>(
+    s: S,
+    p: &[[f32; KV_BLOCK]; Q],
+    keys: &Range<usize>,
+    values: &[E],
+    decay: [f32; Q],
+    out: &mut [&mut [f32]; Q],
+    at: usize,
+) {
+    let head = out[0].len();
+    for query in 0..Q {
+        let out = &mut out[query][at..];
+        let mut sums = s.mul(s.load_part(out), s.splat(decay[query]));
+        for key in keys.clone() {
+            let mut v = [E::ZERO; 16];
+            v[..head - at].copy_from_slice(&values[key * head + at..(key + 1) * head]);
+            sums = s.fma(s.splat(p[query][key]), E::load(s, &v), sums);
+        }
+        s.store_part(sums, out);
+    }
+}
