@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from rounds import DECODE, Rounds, cpus
 Config = tuple[int, int, int]
 CONFIGS: list[Config] = [(threads, batch, prompt) for threads in (1, 2) for batch in (1, 4) for prompt in (80, 512)]
 QUICK_CONFIGS: list[Config] = [(1, 1, 80), (1, 4, 80), (2, 1, 80)]
+
+# More than this for others, and what was measured is the contention.
+QUIET_CPUS = 0.1
 
 
 def say(words: str) -> None:
@@ -100,6 +104,8 @@ def tell(found: dict, checks: list[targets.Check]) -> None:
     print(f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs; threads read {reads}")
     busy = found["others_cpus"]
     print(f"other programs used {busy['median']:.2f} CPUs at the median, {busy['worst']:.2f} at worst, during the runs")
+    if busy["median"] > QUIET_CPUS:
+        print("that is no quiet machine: even the ratios of these figures are not to be relied upon, with two threads least of all")
 
 
 def parse() -> argparse.Namespace:
@@ -127,6 +133,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    # So that workers and scratch files go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("tests/peers/run: terminated"))
     with tempfile.TemporaryDirectory(dir=arguments.cache, prefix="run-") as scratch:
         found, checks = compare(arguments, Path(scratch))
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
