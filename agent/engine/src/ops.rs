@@ -261,21 +261,18 @@ impl EvalOp for Project {
                 jobs.push(Job {
                     weight: turn.weights.weight(weight),
                     y: view.as_slice_mut()?,
+                    residual: None,
                 });
             }
-            turn.kernel.matmuls(&mut jobs, quantised, &turn.pool);
             if inputs.len() > 1 + usize::from(self.gated) {
                 let residual = input(inputs.len() - 1)?;
                 ensure!(
                     jobs[0].y.len() == residual.len(),
                     "a residual of another shape"
                 );
-                jobs[0]
-                    .y
-                    .iter_mut()
-                    .zip(residual)
-                    .for_each(|(out, x)| *out += x);
+                jobs[0].residual = Some(residual);
             }
+            turn.kernel.matmuls(&mut jobs, quantised, &turn.pool);
         }
         Ok(outputs.into_iter().map(|out| buffers.lend(out)).collect())
     }

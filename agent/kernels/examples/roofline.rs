@@ -87,7 +87,11 @@ impl Buffers {
         let mut jobs = Vec::new();
         for (&weight, y) in weights.iter().zip(&mut self.y) {
             y.resize(m * weight.shape().rows(), 0.0);
-            jobs.push(Job { weight, y });
+            jobs.push(Job {
+                weight,
+                y,
+                residual: None,
+            });
         }
         kernel.matmuls(&mut jobs, &self.a, pool);
     }

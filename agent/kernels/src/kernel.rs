@@ -259,7 +259,16 @@ impl Kernel {
     /// # Panics
     /// If the sizes or the layout don't fit.
     pub fn matmul(&self, weight: Packed, a: &Quantised, y: &mut [f32], pool: &Pool) {
-        self.matmuls(&mut [Job { weight, y }], a, pool);
+        let residual = None;
+        self.matmuls(
+            &mut [Job {
+                weight,
+                y,
+                residual,
+            }],
+            a,
+            pool,
+        );
     }
 
     /// Several linears of the same activations in one dispatch.
@@ -278,6 +287,11 @@ impl Kernel {
                 job.y.len(),
                 a.m() * shape.rows(),
                 "the output is not [m, rows]"
+            );
+            assert!(
+                job.residual
+                    .is_none_or(|residual| residual.len() == job.y.len()),
+                "the residual is not [m, rows]"
             );
             assert_eq!(
                 job.weight.layout(),
@@ -298,15 +312,18 @@ impl Kernel {
             for index in 0..count {
                 // SAFETY: in bounds, and the jobs are borrowed until the pool is done. No reference to the output
                 // is made, only a pointer from the one that the job holds.
-                let (weight, y) =
-                    unsafe { ((*base.at(index)).weight, &raw mut *(*base.at(index)).y) };
+                let (weight, residual, y) = unsafe {
+                    let job = base.at(index);
+                    ((*job).weight, (*job).residual, &raw mut *(*job).y)
+                };
                 let tiles = weight.shape().tiles();
                 let bounds = (before, before + tiles);
                 let range = mine.start.clamp(bounds.0, bounds.1) - before
                     ..mine.end.clamp(bounds.0, bounds.1) - before;
                 before += tiles;
                 // SAFETY: `y` is borrowed as the jobs are, and the ranges of the workers are disjoint.
-                let out = unsafe { Output::new(y.cast(), y.len(), weight.shape().rows()) };
+                let out =
+                    unsafe { Output::new(y.cast(), y.len(), weight.shape().rows(), residual) };
                 if self.reference {
                     crate::reference::tiles(weight, range, a, &out);
                 } else {

@@ -12,21 +12,30 @@ pub struct Job<'a> {
     pub weight: Packed<'a>,
     /// `[m, rows]`, overwritten.
     pub y: &'a mut [f32],
+    /// `[m, rows]`, added to the result.
+    pub residual: Option<&'a [f32]>,
 }
 
 /// Where the results of one linear go, `[m, rows]`; workers write disjoint tiles of it.
-pub(crate) struct Output {
+pub(crate) struct Output<'a> {
     y: Shareable<f32>,
+    residual: Option<&'a [f32]>,
     m: usize,
     rows: usize,
 }
 
-impl Output {
+impl<'a> Output<'a> {
     /// # Safety
     /// `y` points to `len` elements that stay mutably borrowed while this is used, and no tile is written by two
     /// threads.
-    pub(crate) unsafe fn new(y: *mut f32, len: usize, rows: usize) -> Self {
+    pub(crate) unsafe fn new(
+        y: *mut f32,
+        len: usize,
+        rows: usize,
+        residual: Option<&'a [f32]>,
+    ) -> Self {
         Self {
+            residual,
             m: len / rows,
             rows,
             y: Shareable(y),
@@ -34,16 +43,22 @@ impl Output {
     }
 
     #[inline(always)]
-    pub(crate) fn put(&self, token: usize, tile: usize, sums: &[f32; TILE_ROWS]) {
+    pub(crate) fn put(&self, token: usize, tile: usize, mut sums: [f32; TILE_ROWS]) {
         let row = tile * TILE_ROWS;
         assert!(token < self.m && row < self.rows);
         let count = TILE_ROWS.min(self.rows - row);
+        if let Some(residual) = self.residual {
+            let residual = &residual[token * self.rows + row..][..count];
+            for (sum, residual) in sums.iter_mut().zip(residual) {
+                *sum += residual;
+            }
+        }
         // SAFETY: `count` places from here on lie in row `token` of `y`, by the assertion; they belong to this
         // tile, which is this thread's.
         let out =
             unsafe { std::slice::from_raw_parts_mut(self.y.at(token * self.rows + row), count) };
         if let Ok(out) = <&mut [f32; TILE_ROWS]>::try_from(&mut *out) {
-            *out = *sums;
+            *out = sums;
         } else {
             out.copy_from_slice(&sums[..count]);
         }
@@ -215,7 +230,7 @@ fn step<S: Simd, F: Form, const T: usize, const R: usize>(
         for token in 0..T {
             let mut lanes = [0.0; TILE_ROWS];
             s.store(acc[tile][token], &mut lanes);
-            out.put(at.base + at.first + token, at.tile + tile, &lanes);
+            out.put(at.base + at.first + token, at.tile + tile, lanes);
         }
     }
     T

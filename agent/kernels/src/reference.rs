@@ -26,7 +26,7 @@ pub(crate) fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output)
                     }
                 }
             }
-            out.put(token, tile, &sums);
+            out.put(token, tile, sums);
         }
     }
 }

@@ -154,7 +154,8 @@ fn scalar_and_reference_are_near_the_plain_product() {
 fn several_linears_in_one_dispatch() {
     let mut random = Random(4);
     let x = random.floats(5 * 128, false);
-    // Kinds may be mixed.
+    let residual = random.floats(5 * 30, false);
+    // Kinds may be mixed, and one has a residual.
     let shapes = [(30, Kind::I8), (7, Kind::Q4), (64, Kind::I8)]
         .map(|(rows, kind)| (Shape::new(rows, 128).unwrap(), kind));
     let signed = shapes.map(|(shape, kind)| weight(&mut random, kind, shape, false));
@@ -173,11 +174,18 @@ fn several_linears_in_one_dispatch() {
                 jobs.push(Job {
                     weight: Packed::new(*kind, *shape, kernel.layout(), bytes).unwrap(),
                     y,
+                    residual: None,
                 });
             }
+            jobs[0].residual = Some(&residual);
             kernel.matmuls(&mut jobs, &a, &pool);
             for (((shape, kind), bytes), y) in shapes.iter().zip(&signed).zip(&y) {
-                let want = matmul(kernel, *kind, *shape, bytes, &x, &pool);
+                let mut want = matmul(kernel, *kind, *shape, bytes, &x, &pool);
+                if shape.rows() == 30 {
+                    for (want, residual) in want.iter_mut().zip(&residual) {
+                        *want += residual;
+                    }
+                }
                 assert_same(y, &want, kernel.name());
             }
         }
