@@ -1,5 +1,5 @@
 //! Attention over a cache of 64-position blocks, once, on top of sixteen lanes. ARITHMETIC.md says the same in words.
-//! Knows nothing of positions in a batch or of threads: `kernel` cuts the work.
+//! Knows nothing of positions in a batch or of threads: `heads` cuts the work.
 //!
 //! Keys lie transposed, so that lanes are keys and a score needs no sum over lanes; up to four queries share
 //! each vector that is loaded, mostly the query heads of one KV head.
@@ -179,7 +179,7 @@ fn several<S: Simd, E: Element, const Q: usize>(
         }
     }
     // What all of them see, then what only the later ones do.
-    let mut out: [&mut [f32]; Q] = queries.each_out();
+    let mut out = outputs::<Q>(queries);
     accumulate(s, &p, 0..present[0], view.values, decay, &mut out);
     for at in 1..Q {
         if present[at] > present[0] {
@@ -191,16 +191,10 @@ fn several<S: Simd, E: Element, const Q: usize>(
 }
 
 /// The outputs of the first `Q` queries.
-trait Outputs {
-    fn each_out<const Q: usize>(&mut self) -> [&mut [f32]; Q];
-}
-
-impl Outputs for [Query<'_>] {
-    #[inline(always)]
-    fn each_out<const Q: usize>(&mut self) -> [&mut [f32]; Q] {
-        let queries: &mut [Query; Q] = self.first_chunk_mut().expect("there are Q queries");
-        queries.each_mut().map(|query| &mut *query.out)
-    }
+#[inline(always)]
+fn outputs<'q, const Q: usize>(queries: &'q mut [Query]) -> [&'q mut [f32]; Q] {
+    let queries: &mut [Query; Q] = queries.first_chunk_mut().expect("there are Q queries");
+    queries.each_mut().map(|query| &mut *query.out)
 }
 
 /// `p = q · keys`, for at least the first `present` keys of the block.

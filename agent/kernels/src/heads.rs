@@ -16,6 +16,9 @@ pub struct Heads {
     pub scale: f32,
 }
 
+/// Positions that a token may see: what keeps the sums below exact, and far beyond any model.
+pub(crate) const KEYS_MAX: usize = 1 << 30;
+
 /// One token of a flat batch.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -41,15 +44,20 @@ impl Heads {
         workers: usize,
         mut each: impl FnMut(Range<usize>, Range<usize>),
     ) {
-        let total = batch.iter().map(|token| token.keys).sum::<usize>() * self.query;
-        let mine = total * worker / workers..total * (worker + 1) / workers;
+        // 128 bits, since this decides who writes where: these sums don't overflow them.
+        let keys = |tokens: &[Token]| tokens.iter().map(|token| token.keys as u128).sum::<u128>();
+        let query = self.query as u128;
+        let total = keys(batch) * query;
+        let bound = |worker: usize| total * worker as u128 / workers as u128;
+        let mine = bound(worker)..bound(worker + 1);
         let mut before = 0;
         for tokens in runs(batch, QUERIES_MAX / self.group().min(QUERIES_MAX)) {
             // A head belongs to whom its first key belongs to.
-            let cost: usize = batch[tokens.clone()].iter().map(|token| token.keys).sum();
-            let head = |bound: usize| bound.saturating_sub(before).div_ceil(cost).min(self.query);
+            let cost = keys(&batch[tokens.clone()]);
+            let head =
+                |bound: u128| bound.saturating_sub(before).div_ceil(cost).min(query) as usize;
             let mut heads = head(mine.start)..head(mine.end);
-            before += cost * self.query;
+            before += cost * query;
             while !heads.is_empty() {
                 let group_end = (heads.start / self.group() + 1) * self.group();
                 let end = heads.end.min(group_end).min(heads.start + QUERIES_MAX);

@@ -2,7 +2,7 @@
 
 use crate::attention::{KV_BLOCK, KvBlock, QUERIES_MAX, Query};
 use crate::generic::Row;
-use crate::heads::{Heads, Token};
+use crate::heads::{Heads, KEYS_MAX, Token};
 use crate::matmul::{Job, Output};
 use crate::ops::{self, Ops};
 use crate::packed::{Layout, Packed};
@@ -249,6 +249,7 @@ impl Kernel {
     }
 
     fn prepare(self, into: &mut Quantised) {
+        into.is_plain = self.reference;
         if self.reference {
             into.grow_plain();
         }
@@ -299,9 +300,9 @@ impl Kernel {
                 "the weight is packed for another kernel"
             );
         }
-        assert!(
-            !self.reference || a.plain.len() >= a.m() * a.k(),
-            "quantised by another kernel"
+        assert_eq!(
+            a.is_plain, self.reference,
+            "the activations were quantised by another kernel"
         );
         let total = jobs.iter().map(|job| job.weight.shape().tiles()).sum();
         let base = Shareable(jobs.as_mut_ptr());
@@ -397,7 +398,7 @@ impl Kernel {
     /// looked at. Split over the pool.
     ///
     /// # Panics
-    /// If the sizes don't fit or a token sees nothing.
+    /// If the sizes don't fit or a token sees nothing, or more than 2³⁰ positions.
     pub fn attend<'kv>(
         &self,
         heads: Heads,
@@ -407,7 +408,8 @@ impl Kernel {
         out: &mut [f32],
         pool: &Pool,
     ) {
-        let width = heads.query * heads.dim;
+        let width = heads.query.checked_mul(heads.dim);
+        let width = width.expect("a token's heads fit the memory");
         assert!(
             heads.kv > 0
                 && heads.query > 0
@@ -416,12 +418,14 @@ impl Kernel {
             "{heads:?} is no attention"
         );
         assert!(
-            q.len() == batch.len() * width && out.len() == q.len(),
+            batch.len().checked_mul(width) == Some(q.len()) && out.len() == q.len(),
             "queries and results are not [tokens, heads · dim]"
         );
         assert!(
-            batch.iter().all(|token| token.keys > 0),
-            "attention over nothing"
+            batch
+                .iter()
+                .all(|token| (1..=KEYS_MAX).contains(&token.keys)),
+            "a token sees 1 to {KEYS_MAX} positions"
         );
         let out = Shareable(out.as_mut_ptr());
         pool.run(&|worker, workers| {

@@ -23,7 +23,7 @@ pub(crate) struct Ops {
     pub(crate) attend: unsafe fn(&mut [Query], &Blocks, f32),
 }
 
-/// Compiles every function of `generic` for `$simd` with the given features.
+/// Compiles every function of `generic`, `matmul` and `attention` for `$simd` with the given features.
 macro_rules! kernel {
     ($module:ident, $name:literal, $layout:expr, $simd:expr, [$($feature:literal),*], $detect:expr) => {
         mod $module {

@@ -17,12 +17,14 @@ const SPIN: Duration = Duration::from_micros(50);
 
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
-/// The threads. The one that calls [`Pool::run`] is worker 0. Not `Sync`, so that a job can't start a job.
+/// The threads. The one that calls [`Pool::run`] is worker 0. Not `Sync`, so that there is one caller.
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// How many of them work; also what keeps the pool from being `Sync`.
     active: Cell<usize>,
+    /// Whether a job is running, which must not start another.
+    running: Cell<bool>,
 }
 
 struct Shared {
@@ -97,7 +99,8 @@ impl Pool {
             std::thread::Builder::new()
                 .name(format!("kernels-{worker}"))
                 .spawn(move || {
-                    on_start(worker);
+                    // Its panic is the first job's.
+                    shared.attempt(|| on_start(worker));
                     shared.work(worker);
                 })
                 .expect("the system refused a thread")
@@ -107,6 +110,7 @@ impl Pool {
             shared,
             threads,
             active: Cell::new(workers),
+            running: Cell::new(false),
         }
     }
 
@@ -122,11 +126,15 @@ impl Pool {
 
     /// Calls `task(worker, workers)` once on every worker that [`Pool::limit`] lets work, and returns when all are
     /// done. A panic of any of them is the caller's, after all are done.
+    ///
+    /// # Panics
+    /// Also if a job calls this on the same pool.
     pub fn run(&self, task: &Task) {
         let workers = self.active.get();
         if workers == 1 {
             return task(0, 1);
         }
+        assert!(!self.running.replace(true), "a job started a job");
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. No worker uses the pointer after `pending` is zero, and this
         // function does not return, by panic either, before that.
@@ -137,6 +145,7 @@ impl Pool {
         self.announce(workers);
         shared.attempt(|| task(0, workers));
         shared.await_workers();
+        self.running.set(false);
         let panic = shared
             .panic
             .lock()
@@ -313,6 +322,23 @@ impl<T> Shareable<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_cannot_start_a_job() {
+        thread_local!(static POOL: Pool = Pool::new(2));
+        let nested = catch_unwind(|| {
+            POOL.with(|pool| pool.run(&|_, _| POOL.with(|pool| pool.run(&|_, _| {}))));
+        });
+        assert!(nested.is_err());
+        POOL.with(|pool| pool.run(&|_, _| {}));
+    }
+
+    #[test]
+    fn a_panic_at_the_start_of_a_thread_is_the_first_jobs() {
+        let pool = Pool::started(2, |_| panic!("no core"));
+        assert!(catch_unwind(AssertUnwindSafe(|| pool.run(&|_, _| {}))).is_err());
+        pool.run(&|_, _| {});
+    }
 
     #[test]
     fn every_worker_runs_every_job_once() {

@@ -20,6 +20,8 @@ pub struct Quantised {
     offset: Vec<[i32; GROUP]>,
     sums: Vec<Sums>,
     pub(crate) plain: Vec<f32>,
+    /// Which of the two was written last.
+    pub(crate) is_plain: bool,
 }
 
 /// What affine weights and groups of 16 need to know of a block.
@@ -56,14 +58,19 @@ impl Quantised {
             k.is_multiple_of(BLOCK),
             "activations of width {k} have no whole blocks of {BLOCK}"
         );
-        (self.m, self.k) = (m, k);
-        let blocks = m.div_ceil(GROUP) * (k / BLOCK);
+        // Nothing holds if what follows panics.
+        (self.m, self.k) = (0, 0);
+        let blocks = m
+            .div_ceil(GROUP)
+            .checked_mul(k / BLOCK)
+            .expect("activations fit the memory");
         if blocks > self.q.len() {
             self.q.resize(blocks, [[0; BLOCK]; GROUP]);
             self.scale.resize(blocks, [0.0; GROUP]);
             self.offset.resize(blocks, [0; GROUP]);
             self.sums.resize(blocks, Sums::default());
         }
+        (self.m, self.k) = (m, k);
     }
 
     /// Tokens.

@@ -6,7 +6,8 @@ use crate::packed::{BLOCK, Packed, TILE_ROWS};
 use crate::quantised::Quantised;
 use std::ops::Range;
 
-/// Every output is Σ over groups of (Σ of weight · activation) · scale + (Σ of activation) · minimum, in f32.
+/// Every output is Σ over groups of (Σ of weight · activation) · scale and, in affine kinds,
+/// (Σ of activation) · minimum, in f32.
 pub(crate) fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let size = w.kind().group();
     for tile in tiles {
@@ -22,7 +23,10 @@ pub(crate) fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output)
                         for (k, x) in x.iter().enumerate() {
                             dot += f32::from(block.weight(row, group * size + k)) * x;
                         }
-                        *sum += dot * block.scale(row, group) + total * block.minimum(row, group);
+                        *sum += dot * block.scale(row, group);
+                        if w.kind().is_affine() {
+                            *sum += total * block.minimum(row, group);
+                        }
                     }
                 }
             }

@@ -173,6 +173,7 @@ fn attention_is_the_scalar_one_and_right() {
         (6, 1, 80),
         (4, 2, 128),
         (2, 1, 256),
+        (32, 1, 16),
     ] {
         let heads = heads(query, kv, dim);
         for lengths in [vec![1, 2, 15, 16, 17], vec![63, 64, 65, 200]] {
@@ -199,12 +200,56 @@ fn attention_is_the_scalar_one_and_right() {
     }
 }
 
+/// Queries and caches with infinities, NaN, denormals and zero scales.
+#[test]
+fn extremes_are_the_scalar_ones() {
+    let mut random = Random(12);
+    let (heads, pool) = (heads(4, 2, 24), Pool::new(2));
+    for _ in 0..20 {
+        for bytes in [false, true] {
+            let mut cache = Cache::new(&mut random, heads, &[90, 70], bytes);
+            for block in cache.blocks.iter_mut().flatten().flatten() {
+                for _ in 0..random.below(4) {
+                    let odd = [0x7c00, 0xfc00, 0x7e00, 0x0001, 0x8000, 0x7bff];
+                    let pick = odd[random.below(6) as usize];
+                    let at = random.below(block.keys.len() as u64) as usize;
+                    block.keys[at] = pick;
+                    block.values[at] = pick;
+                    block.scales[0][at % KV_BLOCK] = [0.0, 1e-41, f32::INFINITY][at % 3];
+                }
+            }
+            let batch = batch(&[90, 70], 9);
+            let q = random.floats(batch.len() * 4 * 24, true);
+            let want = cache.attend(scalar(), &batch, &q, &pool);
+            for kernel in exact() {
+                let what = format!("{} bytes {bytes}", kernel.name());
+                assert_same(&cache.attend(kernel, &batch, &q, &pool), &want, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_attended_to_by_nobody() {
+    let (heads, pool) = (heads(4, 2, 24), Pool::new(2));
+    let cache = Cache::new(&mut Random(13), heads, &[], false);
+    for kernel in exact() {
+        assert!(cache.attend(kernel, &[], &[], &pool).is_empty());
+    }
+}
+
 #[test]
 fn a_query_is_the_same_in_every_batch() {
+    for bytes in [false, true] {
+        check_batches(bytes);
+    }
+}
+
+fn check_batches(bytes: bool) {
     let mut random = Random(9);
     let (heads, pool) = (heads(6, 2, 64), Pool::new(2));
     let width = heads.query * heads.dim;
-    let cache = Cache::new(&mut random, heads, &[100, 150], false);
+    let cache = Cache::new(&mut random, heads, &[100, 150], bytes);
     let batch = batch(&[100, 150], 90);
     let q = random.floats(batch.len() * width, false);
     for kernel in exact() {
