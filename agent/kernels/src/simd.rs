@@ -14,6 +14,7 @@ pub(crate) type Activations = [i8; 16];
 
 /// Numbers of the cache, of either kind.
 #[derive(Copy, Clone)]
+#[allow(dead_code, reason = "only armv7 looks inside")]
 pub(crate) enum Elements<'a> {
     F16(&'a [u16]),
     I8(&'a [i8]),

@@ -45,72 +45,123 @@
     \add\().s16 \high, q11
 .endm
 
-.macro two_columns add, tokens, x0, x1, y0, y1
+@ Two column quadruples of 8-bit weights for two tokens.
+.macro two_columns add, x0, x1, y0, y1
     vld1.8      {d16, d17}, [r9], r7
     vld1.8      {d18, d19}, [r9], r7
     bytes       \add, q12, q13, \x0, \x1
-    .if \tokens == 2
     bytes       \add, q14, q15, \y0, \y1
+.endm
+
+@ Sixteen columns of 8-bit weights. For one token q14 and q15 are more sums of its own: cores that keep the order
+@ would else wait for each sum.
+.macro half_bytes add, tokens, x0, x1, x2, x3, y0, y1, y2, y3
+    .if \tokens == 2
+    two_columns \add, \x0, \x1, \y0, \y1
+    two_columns vpadal, \x2, \x3, \y2, \y3
+    .else
+    quadruples
+    vmull.s8    q8, d8, \x0
+    vmull.s8    q9, d9, \x0
+    vmull.s8    q10, d12, \x2
+    vmull.s8    q11, d13, \x2
+    vmlal.s8    q8, d10, \x1
+    vmlal.s8    q9, d11, \x1
+    vmlal.s8    q10, d14, \x3
+    vmlal.s8    q11, d15, \x3
+    \add\().s16 q12, q8
+    \add\().s16 q13, q9
+    \add\().s16 q14, q10
+    \add\().s16 q15, q11
     .endif
 .endm
 
-@ Sixteen columns of 8-bit weights.
-.macro half_bytes add, tokens, x0, x1, x2, x3, y0, y1, y2, y3
-    two_columns \add, \tokens, \x0, \x1, \y0, \y1
-    two_columns vpadal, \tokens, \x2, \x3, \y2, \y3
+@ Four column quadruples into q4-q7, which are free with one token.
+.macro quadruples
+    vld1.8      {d8, d9}, [r9], r7
+    vld1.8      {d10, d11}, [r9], r7
+    vld1.8      {d12, d13}, [r9], r7
+    vld1.8      {d14, d15}, [r9], r7
 .endm
 
-@ One column quadruple of nibbles in q9; up to eight products of 15 * 127 fit 16 bits.
-.macro nibbles multiply, tokens, x, y
+@ One column quadruple of nibbles in q9 for two tokens; up to eight products of 15 * 127 fit 16 bits.
+.macro nibbles multiply, x, y
     \multiply\().s8 q12, d18, \x
     \multiply\().s8 q13, d19, \x
-    .if \tokens == 2
     \multiply\().s8 q14, d18, \y
     \multiply\().s8 q15, d19, \y
-    .endif
+.endm
+
+@ Sixteen columns of nibbles in q8-q11 for one token, whose sums are again in four registers.
+.macro half_nibbles multiply, x0, x1, x2, x3
+    \multiply\().s8 q12, d16, \x0
+    \multiply\().s8 q13, d17, \x0
+    \multiply\().s8 q14, d18, \x1
+    \multiply\().s8 q15, d19, \x1
+    vmlal.s8    q12, d20, \x2
+    vmlal.s8    q13, d21, \x2
+    vmlal.s8    q14, d22, \x3
+    vmlal.s8    q15, d23, \x3
 .endm
 
 @ Sixteen columns of 4-bit weights: the low halves of bytes against the first activations.
 .macro low_nibbles tokens
+    .if \tokens == 2
     vmov.i8     q10, #15
     vld1.8      {d16, d17}, [r9], r7
     vld1.8      {d22, d23}, [r9], r7
     vand        q9, q8, q10
-    nibbles     vmull, \tokens, d0, d8
+    nibbles     vmull, d0, d8
     vld1.8      {d16, d17}, [r9], r7
     vand        q9, q11, q10
-    nibbles     vmlal, \tokens, d1, d9
+    nibbles     vmlal, d1, d9
     vld1.8      {d22, d23}, [r9], r7
     vand        q9, q8, q10
-    nibbles     vmlal, \tokens, d2, d10
+    nibbles     vmlal, d2, d10
     vand        q9, q11, q10
-    nibbles     vmlal, \tokens, d3, d11
+    nibbles     vmlal, d3, d11
+    sub         r9, r9, #256
+    .else
+    quadruples
+    vmov.i8     q11, #15
+    vand        q8, q4, q11
+    vand        q9, q5, q11
+    vand        q10, q6, q11
+    vand        q11, q7, q11
+    half_nibbles vmull, d0, d1, d2, d3
+    .endif
 .endm
 
-@ The high halves against the last.
+@ The high halves against the last. One token's bytes are still in registers.
 .macro high_nibbles multiply, tokens
+    .if \tokens == 2
     vld1.8      {d16, d17}, [r9], r7
     vld1.8      {d22, d23}, [r9], r7
     vshr.u8     q9, q8, #4
-    nibbles     \multiply, \tokens, d4, d12
+    nibbles     \multiply, d4, d12
     vld1.8      {d16, d17}, [r9], r7
     vshr.u8     q9, q11, #4
-    nibbles     vmlal, \tokens, d5, d13
+    nibbles     vmlal, d5, d13
     vld1.8      {d22, d23}, [r9], r7
     vshr.u8     q9, q8, #4
-    nibbles     vmlal, \tokens, d6, d14
+    nibbles     vmlal, d6, d14
     vshr.u8     q9, q11, #4
-    nibbles     vmlal, \tokens, d7, d15
+    nibbles     vmlal, d7, d15
+    .else
+    vshr.u8     q8, q4, #4
+    vshr.u8     q9, q5, #4
+    vshr.u8     q10, q6, #4
+    vshr.u8     q11, q7, #4
+    half_nibbles \multiply, d4, d5, d6, d7
+    .endif
 .endm
 
 @ 16-bit sums of nibbles into 32 bits.
-.macro widen tokens
+.macro widen
     vpaddl.s16  q12, q12
     vpaddl.s16  q13, q13
-    .if \tokens == 2
     vpaddl.s16  q14, q14
     vpaddl.s16  q15, q15
-    .endif
 .endm
 
 @ Four scales or minimums, \offset behind r8, into q8.
@@ -126,6 +177,10 @@
 
 @ The sums of group \group become f32 and go, with scales and minimums, to the tile's sums.
 .macro finish affine, groups, wide, tokens, group
+    .if \tokens == 1
+    vadd.i32    q12, q12, q14
+    vadd.i32    q13, q13, q15
+    .endif
     vpadd.i32   d24, d24, d25
     vpadd.i32   d25, d26, d27
     .if \tokens == 2
@@ -169,15 +224,14 @@
 .macro quad four, affine, groups, wide, tokens
     .if \four
     low_nibbles \tokens
-    sub         r9, r9, #256
     .if \groups == 2
-    widen       \tokens
+    widen
     finish      \affine, 2, \wide, \tokens, 0
     high_nibbles vmull, \tokens
     .else
     high_nibbles vmlal, \tokens
     .endif
-    widen       \tokens
+    widen
     sub         r9, r9, #256
     .else
     half_bytes  vpaddl, \tokens, d0, d1, d2, d3, d8, d9, d10, d11
