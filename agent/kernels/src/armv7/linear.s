@@ -9,7 +9,8 @@
 @   r1 blocks left      r4 its tokens' sums      r6 quads left              r9 weights of the quad
 @   r2 activations      r7 64, from one column   r10, lr temporary          r12 what to fetch ahead
 @                          quadruple to the next
-@   q0-q3, q4-q7 a block's activations of either token, each four bytes twice
+@   q0-q3, q4-q7 a block's activations of either token, each four bytes twice; with 8-bit weights the second
+@                token's lie on the stack instead, so that registers for products are left
 
 .syntax unified
 .arm
@@ -35,30 +36,32 @@
     vdup.32     \d7, d19[1]
 .endm
 
-@ Two column quadruples in q8 and q9 times \x0 and \x1, by way of q10 and q11; \add is vpaddl for the first.
-.macro bytes add, low, high, x0, x1
-    vmull.s8    q10, d16, \x0
-    vmull.s8    q11, d17, \x0
-    vmlal.s8    q10, d18, \x1
-    vmlal.s8    q11, d19, \x1
-    \add\().s16 \low, q10
-    \add\().s16 \high, q11
-.endm
-
-@ Two column quadruples of 8-bit weights for two tokens.
-.macro two_columns add, x0, x1, y0, y1
+@ Two column quadruples of 8-bit weights for two tokens; the second's activations lie at r10. \add is vpaddl for the
+@ first. Each sum is left alone for four instructions: cores that keep the order would else wait for it.
+.macro two_columns add, x0, x1
     vld1.8      {d16, d17}, [r9], r7
     vld1.8      {d18, d19}, [r9], r7
-    bytes       \add, q12, q13, \x0, \x1
-    bytes       \add, q14, q15, \y0, \y1
+    vld1.8      {d8, d9}, [r10]!
+    vmull.s8    q6, d16, \x0
+    vmull.s8    q7, d17, \x0
+    vmull.s8    q10, d16, d8
+    vmull.s8    q11, d17, d8
+    vmlal.s8    q6, d18, \x1
+    vmlal.s8    q7, d19, \x1
+    vmlal.s8    q10, d18, d9
+    vmlal.s8    q11, d19, d9
+    \add\().s16 q12, q6
+    \add\().s16 q13, q7
+    \add\().s16 q14, q10
+    \add\().s16 q15, q11
 .endm
 
-@ Sixteen columns of 8-bit weights. For one token q14 and q15 are more sums of its own: cores that keep the order
-@ would else wait for each sum.
-.macro half_bytes add, tokens, x0, x1, x2, x3, y0, y1, y2, y3
+@ Sixteen columns of 8-bit weights, \half 0 or 1 of the block. With one token q14 and q15 are more sums of its own.
+.macro half_bytes add, tokens, half, x0, x1, x2, x3
     .if \tokens == 2
-    two_columns \add, \x0, \x1, \y0, \y1
-    two_columns vpadal, \x2, \x3, \y2, \y3
+    add         r10, sp, #(32 * \half)
+    two_columns \add, \x0, \x1
+    two_columns vpadal, \x2, \x3
     .else
     quadruples
     vmull.s8    q8, d8, \x0
@@ -234,12 +237,12 @@
     widen
     sub         r9, r9, #256
     .else
-    half_bytes  vpaddl, \tokens, d0, d1, d2, d3, d8, d9, d10, d11
+    half_bytes  vpaddl, \tokens, 0, d0, d1, d2, d3
     .if \groups == 2
     finish      \affine, 2, \wide, \tokens, 0
-    half_bytes  vpaddl, \tokens, d4, d5, d6, d7, d12, d13, d14, d15
+    half_bytes  vpaddl, \tokens, 1, d4, d5, d6, d7
     .else
-    half_bytes  vpadal, \tokens, d4, d5, d6, d7, d12, d13, d14, d15
+    half_bytes  vpadal, \tokens, 1, d4, d5, d6, d7
     .endif
     sub         r9, r9, #512
     .endif
@@ -255,6 +258,7 @@
 millwright_armv7_linear_\code\()_\tokens:
     push        {r4-r10, lr}
     vpush       {d8-d15}
+    sub         sp, sp, #64
     mov         r10, r0
     ldm         r10, {r0-r5}
     mov         r7, #64
@@ -262,6 +266,9 @@ millwright_armv7_linear_\code\()_\tokens:
     .if \tokens == 2
     add         r9, r2, #32
     activations r9, d8, d9, d10, d11, d12, d13, d14, d15
+    .if \four == 0
+    vstmia      sp, {d8-d15}
+    .endif
     .endif
     mov         r8, r0
     add         r9, r0, #((32 << \wide) * \groups * (1 + \affine))
@@ -286,6 +293,7 @@ millwright_armv7_linear_\code\()_\tokens:
     add         r4, r4, #SUMS_STRIDE
     subs        r1, r1, #1
     bne         1b
+    add         sp, sp, #64
     vpop        {d8-d15}
     pop         {r4-r10, pc}
 .size millwright_armv7_linear_\code\()_\tokens, . - millwright_armv7_linear_\code\()_\tokens

@@ -2,8 +2,9 @@
 //! denormal; vector.s against the scalar kernel. Everything else is in the tests of all kernels.
 
 use super::*;
-use crate::packed::{Kind, Layout, Scales, Shape};
-use crate::{Kernel, Pool, Rows};
+use crate::packed::{Kind, Layout, Packed, Scales, Shape, TILE_ROWS};
+use crate::{Kernel, Pool, Quantised, Rows};
+use std::ops::Range;
 
 /// A CPU without NEON has nothing to test.
 macro_rules! armv7_or_return {
