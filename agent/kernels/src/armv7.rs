@@ -34,7 +34,7 @@ unsafe extern "C" {
     fn millwright_armv7_store_i8(x: &[f32; 16], out: &mut [i8; 16]) -> i32;
     fn millwright_armv7_nan_to_zero(x: &mut [f32; 16]);
     fn millwright_armv7_max(a: &[f32; 16], b: &mut [f32; 16]);
-    fn millwright_armv7_exp(x: &[f32; 16], out: &mut [f32; 16], constants: &[f32; 14]);
+    fn millwright_armv7_exp(x: &mut [f32; 16], constants: &[f32; 13]);
 }
 
 /// Whether the kernel says that this CPU has NEON and VFPv4, which brings f16 conversions and fused multiply-add.
@@ -48,7 +48,7 @@ pub(crate) fn detect() -> bool {
 }
 
 /// What exp in vector.s reads, in its order.
-static EXP: [f32; 14] = {
+static EXP: [f32; 13] = {
     let p = math::EXP_POLYNOMIAL;
     // Above 2^23 a number has no fraction; half as much again leaves room for negative ones.
     let round = 12_582_912.0;
@@ -66,7 +66,6 @@ static EXP: [f32; 14] = {
         math::EXP_HIGH,
         f32::INFINITY,
         math::EXP_LOW,
-        0.0,
     ]
 };
 
@@ -215,10 +214,9 @@ impl Simd for Armv7 {
     }
 
     #[inline(always)]
-    fn exp(self, x: F) -> F {
-        let mut out = [0.0; 16];
-        op!(millwright_armv7_exp(&x, &mut out, &EXP));
-        out
+    fn exp(self, mut x: F) -> F {
+        op!(millwright_armv7_exp(&mut x, &EXP));
+        x
     }
 
     #[inline(always)]

@@ -100,12 +100,12 @@ function max
     vstmia      r1, {d16-d23}
     bx          lr
 
-@ Four registers from one number at r2; r2 moves on.
+@ Four registers from one number at r1; r1 moves on.
 .macro splat a0, a1, b0, b1, c0, c1, d0, d1
-    vld1.32     {\a0[], \a1[]}, [r2]
-    vld1.32     {\b0[], \b1[]}, [r2]
-    vld1.32     {\c0[], \c1[]}, [r2]
-    vld1.32     {\d0[], \d1[]}, [r2]!
+    vld1.32     {\a0[], \a1[]}, [r1]
+    vld1.32     {\b0[], \b1[]}, [r1]
+    vld1.32     {\c0[], \c1[]}, [r1]
+    vld1.32     {\d0[], \d1[]}, [r1]!
 .endm
 
 .macro four operation, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3
@@ -126,7 +126,7 @@ function max
     four        vfma.f32, q4, q5, q6, q7, q12, q13, q14, q15, q0, q1, q2, q3
 .endm
 
-@ exp(const float *x, float *out, const float *constants): math::exp, step by step; see EXP in armv7.rs.
+@ exp(float *x, const float *constants): math::exp, step by step; see EXP in armv7.rs.
 function exp
     vpush       {d8-d15}
     vldmia      r0, {d0-d7}
@@ -167,13 +167,13 @@ function exp
     four        vmul.f32, q0, q1, q2, q3, q0, q1, q2, q3, q8, q9, q10, q11
     @ the ends
     vldmia      r0, {d16-d23}
-    vld1.32     {d8[], d9[]}, [r2]!
-    vld1.32     {d10[], d11[]}, [r2]!
-    vld1.32     {d12[], d13[]}, [r2]!
+    vld1.32     {d8[], d9[]}, [r1]!
+    vld1.32     {d10[], d11[]}, [r1]!
+    vld1.32     {d12[], d13[]}, [r1]!
     four        vcgt.f32, q12, q13, q14, q15, q8, q9, q10, q11, q4, q4, q4, q4
     four        vbit, q0, q1, q2, q3, q5, q5, q5, q5, q12, q13, q14, q15
     four        vcgt.f32, q12, q13, q14, q15, q6, q6, q6, q6, q8, q9, q10, q11
     four        vbic, q0, q1, q2, q3, q0, q1, q2, q3, q12, q13, q14, q15
-    vstmia      r1, {d0-d7}
+    vstmia      r0, {d0-d7}
     vpop        {d8-d15}
     bx          lr
