@@ -37,7 +37,7 @@ class OnnxRuntime:
     def reset(self) -> None:
         """Forgets the past."""
         self.position = 0
-        if self.in_place and self.position == 0 and hasattr(self, "cache"):
+        if self.in_place and hasattr(self, "cache"):
             return
         length = self.positions if self.in_place else 0
         empty = lambda shape: numpy.zeros((self.batch, shape[1], length, shape[3]), numpy.float32)

@@ -1,5 +1,6 @@
 """A worker process of a peer (worker.py): started, asked, stopped, and watched for idleness."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -34,8 +35,10 @@ class Peer:
         return json.loads(line)
 
     def run(self) -> dict:
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
+        # One that died since its last answer reads no more; answer() says what of.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("run\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def cpu_s(self) -> float:
@@ -45,7 +48,8 @@ class Peer:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

@@ -4,9 +4,8 @@
 //! Keys lie transposed, so that lanes are keys and a score needs no sum over lanes; up to four queries share
 //! each vector that is loaded, mostly the query heads of one KV head.
 
-use crate::generic::{exp, max_lane};
-use crate::math;
-use crate::simd::{self, Simd};
+use crate::generic::max_lane;
+use crate::simd::{self, Elements, Simd};
 use std::ops::Range;
 
 /// Positions in a KV block, and keys in a tile of the softmax.
@@ -46,6 +45,7 @@ pub(crate) type Blocks<'f, 'kv> = dyn Fn(usize) -> KvBlock<'kv> + 'f;
 /// A number as the cache holds it.
 trait Element: Copy {
     fn load<S: Simd>(s: S, x: &[Self; 16]) -> S::F;
+    fn elements(x: &[Self]) -> Elements<'_>;
     const ZERO: Self;
 }
 
@@ -56,6 +56,11 @@ impl Element for u16 {
     fn load<S: Simd>(s: S, x: &[u16; 16]) -> S::F {
         s.load_f16(simd::bytes(x))
     }
+
+    #[inline(always)]
+    fn elements(x: &[u16]) -> Elements<'_> {
+        Elements::F16(x)
+    }
 }
 
 impl Element for i8 {
@@ -64,6 +69,11 @@ impl Element for i8 {
     #[inline(always)]
     fn load<S: Simd>(s: S, x: &[i8; 16]) -> S::F {
         s.load_i8(x)
+    }
+
+    #[inline(always)]
+    fn elements(x: &[i8]) -> Elements<'_> {
+        Elements::I8(x)
     }
 }
 
@@ -197,7 +207,7 @@ fn outputs<'q, const Q: usize>(queries: &'q mut [Query]) -> [&'q mut [f32]; Q] {
     queries.each_mut().map(|query| &mut *query.out)
 }
 
-/// `p = q · keys`, for at least the first `present` keys of the block.
+/// `p = q · keys`, for at least the first `present` keys of the block; `p` comes as zeros.
 #[inline(always)]
 fn scores<S: Simd, E: Element, const Q: usize>(
     s: S,
@@ -206,6 +216,11 @@ fn scores<S: Simd, E: Element, const Q: usize>(
     present: usize,
     p: &mut [[f32; KV_BLOCK]; Q],
 ) {
+    if S::ACCUMULATES {
+        let lanes = present.next_multiple_of(8);
+        let sums = p.each_mut().map(|p| &mut p[..lanes]);
+        return s.accumulate(E::elements(keys), KV_BLOCK, q, sums);
+    }
     let step = 16 * S::VECTORS;
     for at in (0..present).step_by(step) {
         match S::VECTORS {
@@ -270,14 +285,14 @@ fn soften<S: Simd>(
     } else {
         tile
     };
-    let decay = math::exp(running.top - top);
+    let decay = s.exp_one(running.top - top);
     let mut weights = s.splat(0.0);
     for p in p.as_chunks_mut::<16>().0 {
-        let e = exp(s, s.sub(s.load(p), s.splat(top)));
+        let e = s.exp(s.sub(s.load(p), s.splat(top)));
         weights = s.add(weights, e);
         s.store(e, p);
     }
-    running.total = running.total.mul_add(decay, s.sum(weights));
+    running.total = s.fma_one(running.total, decay, s.sum(weights));
     running.top = top;
     decay
 }
@@ -305,6 +320,17 @@ fn accumulate<S: Simd, E: Element, const Q: usize>(
     out: &mut [&mut [f32]; Q],
 ) {
     let head = out[0].len();
+    if S::ACCUMULATES && head.is_multiple_of(8) {
+        for (out, decay) in out.iter_mut().zip(decay) {
+            for out in out.chunks_mut(16) {
+                let shrunk = s.mul(s.load_part(out), s.splat(decay));
+                s.store_part(shrunk, out);
+            }
+        }
+        let rows = E::elements(&values[keys.start * head..keys.end * head]);
+        let x = p.each_ref().map(|p| &p[keys.clone()]);
+        return s.accumulate(rows, head, x, out.each_mut().map(|out| &mut **out));
+    }
     let mut at = 0;
     while at + 16 <= head {
         at += match S::VECTORS {

@@ -121,7 +121,7 @@ fn norm_factor<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
     1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt()
 }
 
-/// exp of every lane; `math::exp` step by step.
+/// What [`Simd::exp`] is unless a CPU has its own: `math::exp` step by step.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
@@ -143,7 +143,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 #[inline(always)]
 fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     let minus = s.sub(s.splat(0.0), x);
-    s.div(x, s.add(s.splat(1.0), exp(s, minus)))
+    s.div(x, s.add(s.splat(1.0), s.exp(minus)))
 }
 
 /// `gate = silu(gate) * up`.

@@ -4,7 +4,8 @@
 //! same bits. A kernel is chosen at run time: [`Kernel::chosen`].
 //!
 //! Read: `packed` (the weights' layout), `kernel` (the safe interface), `matmul`, `attention` and `generic`
-//! (every operation, once), `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`.
+//! (every operation, once), `simd` (what a CPU must do for that), then the CPUs: `scalar`, `x86`, `aarch64`,
+//! `armv7`.
 
 #![allow(
     clippy::inline_always,
@@ -36,6 +37,8 @@ mod simd;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+#[cfg(all(target_arch = "arm", target_abi = "eabihf", target_os = "linux"))]
+mod armv7;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

@@ -159,12 +159,36 @@ kernel!(
     std::arch::is_aarch64_feature_detected!("dotprod")
 );
 
+#[cfg(all(target_arch = "arm", target_abi = "eabihf", target_os = "linux"))]
+kernel!(
+    armv7,
+    "neon",
+    Layout::Signed,
+    // SAFETY: evaluated only inside functions that may only be called if `detect` says so.
+    unsafe { crate::armv7::Armv7::assume() },
+    [],
+    crate::armv7::detect()
+);
+
 /// The kernels of this build, slowest first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avxvnni::OPS, avx512vnni::OPS];
 #[cfg(target_arch = "aarch64")]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS];
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(all(target_arch = "arm", target_abi = "eabihf", target_os = "linux"))]
+pub(crate) static ALL: &[Ops] = &[
+    scalar::OPS,
+    Ops {
+        needs: "a CPU with NEON and VFPv4",
+        tiles: crate::armv7::tiles,
+        ..armv7::OPS
+    },
+];
+#[cfg(not(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    all(target_arch = "arm", target_abi = "eabihf", target_os = "linux")
+)))]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS];
 
 /// Names of kernels that another architecture may have, and what they need.
@@ -172,6 +196,9 @@ pub(crate) const FOREIGN: &[(&str, &str)] = &[
     ("avx2", "an x86-64 CPU with AVX2"),
     ("avxvnni", "an x86-64 CPU with AVX-VNNI"),
     ("avx512vnni", "an x86-64 CPU with AVX512-VNNI"),
-    ("neon", "a 64-bit ARM CPU"),
+    (
+        "neon",
+        "an ARM CPU, of 32 bits one with NEON and VFPv4 and Linux",
+    ),
     ("dotprod", "a 64-bit ARM CPU with dotprod"),
 ];

@@ -5,10 +5,20 @@
 //! why the methods are safe. All of them are `#[inline(always)]` and take no closures, since only code that ends
 //! up inside a function with the right target features compiles to the instructions meant.
 
+use crate::{generic, math};
+
 /// Weight bytes of half a block of one tile (16 columns), `[k4: 4][row: 16][4]`; of a whole block with 4 bits.
 pub(crate) type Weights = [[u8; 64]; 4];
 /// One token's quantised half block.
 pub(crate) type Activations = [i8; 16];
+
+/// Numbers of the cache, of either kind.
+#[derive(Copy, Clone)]
+#[allow(dead_code, reason = "only armv7 looks inside")]
+pub(crate) enum Elements<'a> {
+    F16(&'a [u16]),
+    I8(&'a [i8]),
+}
 
 pub(crate) trait Simd: Copy {
     /// Sixteen f32.
@@ -23,6 +33,8 @@ pub(crate) trait Simd: Copy {
     const VECTORS: usize;
     /// Whether sums of 8-bit weights start at −128 times the activations' sum.
     const OFFSET: bool;
+    /// Whether [`accumulate`](Self::accumulate) is there, for CPUs on which Rust can't keep vectors in registers.
+    const ACCUMULATES: bool = false;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
@@ -87,6 +99,36 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
         self.greater(a, b, a, b)
+    }
+
+    /// exp of every lane.
+    #[inline(always)]
+    fn exp(self, x: Self::F) -> Self::F {
+        generic::exp(self, x)
+    }
+
+    /// The same for one number.
+    #[inline(always)]
+    fn exp_one(self, x: f32) -> f32 {
+        math::exp(x)
+    }
+
+    /// `a * b + c`, rounded once, for one number.
+    #[inline(always)]
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+
+    /// `sums[query][lane] = fma(x[query][i], rows[i * stride + lane], sums[query][lane])`, i ascending, for a multiple
+    /// of eight lanes.
+    fn accumulate<const Q: usize>(
+        self,
+        _rows: Elements,
+        _stride: usize,
+        _x: [&[f32]; Q],
+        _sums: [&mut [f32]; Q],
+    ) {
+        unreachable!("only where ACCUMULATES says so");
     }
 
     /// The sum of the lanes by the tree of [`tree`].
