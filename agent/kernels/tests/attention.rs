@@ -205,6 +205,9 @@ fn attention_is_the_scalar_one_and_right() {
 fn extremes_are_the_scalar_ones() {
     let mut random = Random(12);
     let (heads, pool) = (heads(4, 2, 24), Pool::new(2));
+    // What 32-bit ARM guarantees leaves denormals out; its own tests have them.
+    let denormals = !cfg!(target_arch = "arm");
+    let tiny = if denormals { 1e-41 } else { 1e-30 };
     for _ in 0..20 {
         for bytes in [false, true] {
             let mut cache = Cache::new(&mut random, heads, &[90, 70], bytes);
@@ -215,11 +218,16 @@ fn extremes_are_the_scalar_ones() {
                     let at = random.below(block.keys.len() as u64) as usize;
                     block.keys[at] = pick;
                     block.values[at] = pick;
-                    block.scales[0][at % KV_BLOCK] = [0.0, 1e-41, f32::INFINITY][at % 3];
+                    block.scales[0][at % KV_BLOCK] = [0.0, tiny, f32::INFINITY][at % 3];
                 }
             }
             let batch = batch(&[90, 70], 9);
-            let q = random.floats(batch.len() * 4 * 24, true);
+            let mut q = random.floats(batch.len() * 4 * 24, true);
+            if !denormals {
+                q.iter_mut()
+                    .filter(|q| q.is_subnormal())
+                    .for_each(|q| *q = 0.0);
+            }
             let want = cache.attend(scalar(), &batch, &q, &pool);
             for kernel in exact() {
                 let what = format!("{} bytes {bytes}", kernel.name());
