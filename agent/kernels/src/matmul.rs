@@ -163,8 +163,8 @@ fn tokens<S: Simd, F: Form, const R: usize>(
             let at = Place { tile, base, first };
             first += match tokens - first {
                 8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
-                4.. => step::<S, F, 4, R>(s, weights, view, at, out),
-                2.. => step::<S, F, 2, R>(s, weights, view, at, out),
+                4.. if S::TOKENS >= 4 => step::<S, F, 4, R>(s, weights, view, at, out),
+                2.. if S::TOKENS >= 4 => step::<S, F, 2, R>(s, weights, view, at, out),
                 _ => step::<S, F, 1, R>(s, weights, view, at, out),
             };
         }

@@ -143,7 +143,7 @@ kernel!(
     "neon",
     Layout::Signed,
     // SAFETY: evaluated only inside functions that are unsafe for needing these features.
-    unsafe { crate::aarch64::Neon::<false>::assume() },
+    unsafe { crate::aarch64::Neon::<crate::aarch64::smull::Smull>::assume() },
     ["neon"],
     std::arch::is_aarch64_feature_detected!("neon")
 );
@@ -154,16 +154,28 @@ kernel!(
     "dotprod",
     Layout::Signed,
     // SAFETY: evaluated only inside functions that are unsafe for needing these features.
-    unsafe { crate::aarch64::Neon::<true>::assume() },
+    unsafe { crate::aarch64::Neon::<crate::aarch64::sdot::Sdot>::assume() },
     ["neon", "dotprod"],
     std::arch::is_aarch64_feature_detected!("dotprod")
+);
+
+#[cfg(target_arch = "aarch64")]
+kernel!(
+    i8mm,
+    "i8mm",
+    Layout::Signed,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
+    unsafe { crate::aarch64::Neon::<crate::aarch64::smmla::Smmla>::assume() },
+    ["neon", "dotprod", "i8mm"],
+    std::arch::is_aarch64_feature_detected!("dotprod")
+        && std::arch::is_aarch64_feature_detected!("i8mm")
 );
 
 /// The kernels of this build, slowest first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avxvnni::OPS, avx512vnni::OPS];
 #[cfg(target_arch = "aarch64")]
-pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS];
+pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS, i8mm::OPS];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS];
 
@@ -174,4 +186,5 @@ pub(crate) const FOREIGN: &[(&str, &str)] = &[
     ("avx512vnni", "an x86-64 CPU with AVX512-VNNI"),
     ("neon", "a 64-bit ARM CPU"),
     ("dotprod", "a 64-bit ARM CPU with dotprod"),
+    ("i8mm", "a 64-bit ARM CPU with dotprod and i8mm"),
 ];
