@@ -1,7 +1,7 @@
 //! Byte products with SDOT: four rows' four products in one instruction. For one token, which is most of decoding, loads
-//! and products are in an order in which in-order cores (A55, A510) don't wait: weights come four quads ahead, and a
-//! sum is touched every fourth product. Loads are single ones: in LLVM's model of the A55 a pair takes three times as long
-//! as two. For more tokens the compiler's order does.
+//! and products are in an order that suits in-order cores (A55, A510): a burst of loads, then products that touch a
+//! sum every fourth time. Loads are single ones: in LLVM's model of the A55 a pair takes three times as long as two.
+//! For more tokens the compiler's order does.
 
 use super::{I, Products};
 use crate::simd::{Activations, Weights};
@@ -23,11 +23,7 @@ impl Products for Sdot {
     }
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(
-        mut sums: [I; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [I; T] {
+    unsafe fn dot<const T: usize>(mut sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
         // SAFETY: the caller has dotprod.
         unsafe {
             if T == 1 {
@@ -120,7 +116,15 @@ macro_rules! load {
 /// Multiplies them.
 macro_rules! products {
     ($s:literal, $w:literal, $lane:literal) => {
-        concat!("sdot {", $s, ":v}.4s, {", $w, ":v}.16b, {x:v}.4b[", $lane, "]\n")
+        concat!(
+            "sdot {",
+            $s,
+            ":v}.4s, {",
+            $w,
+            ":v}.16b, {x:v}.4b[",
+            $lane,
+            "]\n"
+        )
     };
 }
 
@@ -140,16 +144,18 @@ macro_rules! high {
     };
 }
 
-/// Four columns of sixteen rows, whose bytes are loaded and half of them cut; the same for the next four on the way.
+/// Eight columns of sixteen rows, `$even` and `$odd` being fours of them, `$cut` out of bytes.
 #[rustfmt::skip]
-macro_rules! four_columns {
-    ($cut:ident, $lane:literal, [$w0:literal, $w1:literal, $w2:literal, $w3:literal],
-     $next:literal, [$n0:literal, $n1:literal, $n2:literal, $n3:literal]) => {
+macro_rules! eight_columns {
+    ($cut:ident, $even:literal, $odd:literal) => {
         concat!(
-            $cut!($w2), products!("s0", $w0, $lane), load!($n0, $next, 0),
-            $cut!($w3), products!("s1", $w1, $lane), load!($n1, $next, 1),
-            $cut!($n0), products!("s2", $w2, $lane), load!($n2, $next, 2),
-            $cut!($n1), products!("s3", $w3, $lane), load!($n3, $next, 3),
+            load!("u0", $even, 0), load!("u1", $even, 1), load!("u2", $even, 2), load!("u3", $even, 3),
+            load!("w0", $odd, 0), load!("w1", $odd, 1), load!("w2", $odd, 2), load!("w3", $odd, 3),
+            $cut!("u0"), $cut!("u1"), $cut!("u2"), $cut!("u3"), $cut!("w0"), $cut!("w1"), $cut!("w2"), $cut!("w3"),
+            products!("s0", "u0", $even), products!("s1", "u1", $even),
+            products!("s2", "u2", $even), products!("s3", "u3", $even),
+            products!("s0", "w0", $odd), products!("s1", "w1", $odd),
+            products!("s2", "w2", $odd), products!("s3", "w3", $odd),
         )
     };
 }
@@ -160,13 +166,7 @@ macro_rules! sixteen_columns {
     ($sums:expr, $w:expr, $a:expr, $cut:ident $(, $mask:expr)?) => {{
         let [s0, s1, s2, s3] = $sums;
         asm!(
-            "ldr {x:q}, [{a}]",
-            load!("u0", 0, 0), load!("u1", 0, 1), load!("u2", 0, 2), load!("u3", 0, 3), $cut!("u0"), $cut!("u1"),
-            four_columns!($cut, 0, ["u0", "u1", "u2", "u3"], 1, ["w0", "w1", "w2", "w3"]),
-            four_columns!($cut, 1, ["w0", "w1", "w2", "w3"], 2, ["u0", "u1", "u2", "u3"]),
-            four_columns!($cut, 2, ["u0", "u1", "u2", "u3"], 3, ["w0", "w1", "w2", "w3"]),
-            $cut!("w2"), products!("s0", "w0", 3), $cut!("w3"), products!("s1", "w1", 3),
-            products!("s2", "w2", 3), products!("s3", "w3", 3),
+            "ldr {x:q}, [{a}]", eight_columns!($cut, 0, 1), eight_columns!($cut, 2, 3),
             $(mask = in(vreg) $mask,)?
             w = in(reg) $w.as_ptr(), a = in(reg) $a.as_ptr(),
             s0 = inout(vreg) *s0, s1 = inout(vreg) *s1, s2 = inout(vreg) *s2, s3 = inout(vreg) *s3,

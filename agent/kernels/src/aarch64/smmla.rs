@@ -27,11 +27,7 @@ impl Products for Smmla {
     }
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(
-        mut sums: [I; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [I; T] {
+    unsafe fn dot<const T: usize>(mut sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
         // SAFETY: the caller has i8mm.
         unsafe {
             if T == 1 {

@@ -1,10 +1,10 @@
-//! Byte products without dotprod: SMULL, SMLAL, SADALP, in the order in which an in-order core (A53) never waits.
+//! Byte products without dotprod: SMULL, SMLAL, SADALP, in an order that suits in-order cores (A53) as well as others.
 //!
 //! A register of products holds two rows, eight 16-bit numbers, and there are eight chains of them, so that each
-//! instruction finds its operands ready (latency 6 at most, distance 8). Weights of 8 bits are loaded by halves of
-//! registers, since an A53 issues a 64-bit load together with arithmetic and a 128-bit one alone. Two products of
-//! 8-bit weights with ±127 fit 16 bits (2 · 128 · 127 < 32,768), four of 4-bit ones too (4 · 15 · 127).
-//! Left to the compiler, all products are begun first and half of them are spilled.
+//! instruction finds its operands ready (latency 6 at most, distance 8). Loads come in bursts ahead of arithmetic: by
+//! LLVM's models no other order is faster on any of A53, A55, A72, N1. Two products of 8-bit weights with ±127 fit
+//! 16 bits (2 · 128 · 127 < 32,768), four of 4-bit ones too (4 · 15 · 127).
+//! Left to the compiler, all products are begun first and half of them spilled.
 
 use super::{I, Products};
 use crate::simd::{Activations, Weights};
@@ -68,10 +68,10 @@ impl Products for Smull {
     }
 }
 
-/// Loads eight bytes, number `$at` of the four columns `$k4`.
+/// Loads the bytes of four rows and four columns.
 macro_rules! load {
-    ($to:literal, $k4:literal, $at:literal) => {
-        concat!("ldr {", $to, ":d}, [{w}, #64*", $k4, "+8*", $at, "]\n")
+    ($to:literal, $k4:literal, $quad:literal) => {
+        concat!("ldr {", $to, ":q}, [{w}, #64*", $k4, "+16*", $quad, "]\n")
     };
 }
 
@@ -82,76 +82,52 @@ macro_rules! repeat {
     };
 }
 
-macro_rules! smull {
-    ($p:literal, $x:literal) => {
-        concat!("smull {", $p, ":v}.8h, {", $p, ":v}.8b, {", $x, ":v}.8b\n")
-    };
-}
-
-macro_rules! smlal {
-    ($p:literal, $w:literal, $x:literal) => {
-        concat!("smlal {", $p, ":v}.8h, {", $w, ":v}.8b, {", $x, ":v}.8b\n")
-    };
-}
-
-macro_rules! sadalp {
-    ($s:literal, $p:literal) => {
-        concat!("sadalp {", $s, ":v}.4s, {", $p, ":v}.8h\n")
-    };
-}
-
-/// Eight columns of sixteen rows; `p0` to `p3` are loaded. Each arithmetic instruction goes with one load at most.
-macro_rules! eight_columns {
-    ($even:literal, $odd:literal, $x:literal, $y:literal, $then:expr) => {
+/// Four columns of four rows, into two registers of products.
+#[rustfmt::skip]
+macro_rules! products {
+    ($mul:literal, $p:literal, $q:literal, $w:literal, $x:literal) => {
         concat!(
-            smull!("p0", $x), load!("p4", $even, 4), smull!("p1", $x), load!("p5", $even, 5),
-            smull!("p2", $x), load!("p6", $even, 6), smull!("p3", $x), load!("p7", $even, 7),
-            smull!("p4", $x), repeat!($y), smull!("p5", $x), load!("w0", $odd, 0),
-            smull!("p6", $x), load!("w1", $odd, 1), smull!("p7", $x), load!("w2", $odd, 2),
-            smlal!("p0", "w0", $y), load!("w3", $odd, 3), smlal!("p1", "w1", $y), load!("w0", $odd, 4),
-            smlal!("p2", "w2", $y), load!("w1", $odd, 5), smlal!("p3", "w3", $y), load!("w2", $odd, 6),
-            smlal!("p4", "w0", $y), load!("w3", $odd, 7), smlal!("p5", "w1", $y),
-            smlal!("p6", "w2", $y), smlal!("p7", "w3", $y),
-            sadalp!("s0", "p0"), sadalp!("s1", "p1"), sadalp!("s2", "p2"), sadalp!("s3", "p3"),
-            $then,
-            sadalp!("s4", "p4"), sadalp!("s5", "p5"), sadalp!("s6", "p6"), sadalp!("s7", "p7"),
+            $mul, " {", $p, ":v}.8h, {", $w, ":v}.8b, {", $x, ":v}.8b\n",
+            $mul, "2 {", $q, ":v}.8h, {", $w, ":v}.16b, {", $x, ":v}.16b\n",
         )
     };
 }
 
-/// # Safety
-/// Needs neon, as all below.
-#[inline(always)]
-unsafe fn dot(sums: &mut Sums, w: &Weights, a: &Activations) {
-    let [[s0, s1], [s2, s3], [s4, s5], [s6, s7]] = sums;
-    // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
-    unsafe {
-        asm!(
-            repeat!("x0"), load!("p0", 0, 0), load!("p1", 0, 1), load!("p2", 0, 2), load!("p3", 0, 3),
-            eight_columns!(0, 1, "x0", "x1", concat!(
-                repeat!("x0"), load!("p0", 2, 0), load!("p1", 2, 1), load!("p2", 2, 2), load!("p3", 2, 3),
-            )),
-            eight_columns!(2, 3, "x0", "x1", ""),
-            w = in(reg) w.as_ptr(), a = inout(reg) a.as_ptr() => _,
-            s0 = inout(vreg) *s0, s1 = inout(vreg) *s1, s2 = inout(vreg) *s2, s3 = inout(vreg) *s3,
-            s4 = inout(vreg) *s4, s5 = inout(vreg) *s5, s6 = inout(vreg) *s6, s7 = inout(vreg) *s7,
-            p0 = out(vreg) _, p1 = out(vreg) _, p2 = out(vreg) _, p3 = out(vreg) _,
-            p4 = out(vreg) _, p5 = out(vreg) _, p6 = out(vreg) _, p7 = out(vreg) _,
-            w0 = out(vreg) _, w1 = out(vreg) _, w2 = out(vreg) _, w3 = out(vreg) _,
-            x0 = out(vreg) _, x1 = out(vreg) _,
-            options(pure, readonly, nostack, preserves_flags)
-        );
-    }
-}
-
-/// Loads the bytes of four rows and four columns.
-macro_rules! load_quad {
-    ($to:literal, $k4:literal, $quad:literal) => {
-        concat!("ldr {", $to, ":q}, [{w}, #64*", $k4, "+16*", $quad, "]\n")
+/// Eight columns of sixteen rows, `$even` and `$odd` being fours of them, `$cut` out of bytes.
+#[rustfmt::skip]
+macro_rules! eight_columns {
+    ($cut:ident, $first:literal, $even:literal, $odd:literal) => {
+        concat!(
+            repeat!("x0"), repeat!("x1"),
+            load!("u0", $even, 0), load!("u1", $even, 1), load!("u2", $even, 2), load!("u3", $even, 3),
+            load!("w0", $odd, 0), load!("w1", $odd, 1), load!("w2", $odd, 2), load!("w3", $odd, 3),
+            $cut!("u0"), $cut!("u1"), $cut!("u2"), $cut!("u3"), $cut!("w0"), $cut!("w1"), $cut!("w2"), $cut!("w3"),
+            products!($first, "p0", "p1", "u0", "x0"), products!($first, "p2", "p3", "u1", "x0"),
+            products!($first, "p4", "p5", "u2", "x0"), products!($first, "p6", "p7", "u3", "x0"),
+            products!("smlal", "p0", "p1", "w0", "x1"), products!("smlal", "p2", "p3", "w1", "x1"),
+            products!("smlal", "p4", "p5", "w2", "x1"), products!("smlal", "p6", "p7", "w3", "x1"),
+        )
     };
 }
 
-/// The low or the high halves of bytes.
+/// Adds neighbouring products.
+#[rustfmt::skip]
+macro_rules! add {
+    () => {
+        concat!(
+            "sadalp {s0:v}.4s, {p0:v}.8h\n", "sadalp {s1:v}.4s, {p1:v}.8h\n",
+            "sadalp {s2:v}.4s, {p2:v}.8h\n", "sadalp {s3:v}.4s, {p3:v}.8h\n",
+            "sadalp {s4:v}.4s, {p4:v}.8h\n", "sadalp {s5:v}.4s, {p5:v}.8h\n",
+            "sadalp {s6:v}.4s, {p6:v}.8h\n", "sadalp {s7:v}.4s, {p7:v}.8h\n",
+        )
+    };
+}
+
+macro_rules! whole {
+    ($w:literal) => {
+        ""
+    };
+}
 macro_rules! low {
     ($w:literal) => {
         concat!("and {", $w, ":v}.16b, {", $w, ":v}.16b, {mask:v}.16b\n")
@@ -163,44 +139,14 @@ macro_rules! high {
     };
 }
 
-/// Four columns of four rows, into two registers of products.
-macro_rules! products {
-    ($mul:literal, $p:literal, $q:literal, $w:literal, $x:literal) => {
-        concat!(
-            $mul, " {", $p, ":v}.8h, {", $w, ":v}.8b, {", $x, ":v}.8b\n",
-            $mul, "2 {", $q, ":v}.8h, {", $w, ":v}.16b, {", $x, ":v}.16b\n",
-        )
-    };
-}
-
-/// Four columns of sixteen rows, whose bytes are loaded and half of them cut; the same for the next four on the way.
-macro_rules! four_columns {
-    ($cut:ident, $mul:literal, $x:literal, [$w0:literal, $w1:literal, $w2:literal, $w3:literal],
-     $k4:literal, $y:literal, [$n0:literal, $n1:literal, $n2:literal, $n3:literal]) => {
-        concat!(
-            $cut!($w2), repeat!($y), products!($mul, "p0", "p1", $w0, $x), load_quad!($n0, $k4, 0),
-            $cut!($w3), products!($mul, "p2", "p3", $w1, $x), load_quad!($n1, $k4, 1),
-            $cut!($n0), products!($mul, "p4", "p5", $w2, $x), load_quad!($n2, $k4, 2),
-            $cut!($n1), products!($mul, "p6", "p7", $w3, $x), load_quad!($n3, $k4, 3),
-        )
-    };
-}
-
-/// Sixteen columns of sixteen rows, from the halves of bytes that `$cut` gives.
-macro_rules! nibbles {
-    ($sums:expr, $w:expr, $a:expr, $cut:ident $(, $mask:expr)?) => {{
+/// Sixteen columns of sixteen rows, from what `$cut` leaves of bytes. `$between` the first and the last eight the products are
+/// added to the sums and started anew (`$second` is SMULL), or they go on (SMLAL).
+#[rustfmt::skip]
+macro_rules! sixteen_columns {
+    ($sums:expr, $w:expr, $a:expr, $cut:ident, $between:expr, $second:literal $(, $mask:expr)?) => {{
         let [[s0, s1], [s2, s3], [s4, s5], [s6, s7]] = $sums;
         asm!(
-            repeat!("x0"), load_quad!("u0", 0, 0), load_quad!("u1", 0, 1),
-            load_quad!("u2", 0, 2), load_quad!("u3", 0, 3), $cut!("u0"), $cut!("u1"),
-            four_columns!($cut, "smull", "x0", ["u0", "u1", "u2", "u3"], 1, "x1", ["w0", "w1", "w2", "w3"]),
-            four_columns!($cut, "smlal", "x1", ["w0", "w1", "w2", "w3"], 2, "x0", ["u0", "u1", "u2", "u3"]),
-            four_columns!($cut, "smlal", "x0", ["u0", "u1", "u2", "u3"], 3, "x1", ["w0", "w1", "w2", "w3"]),
-            $cut!("w2"), products!("smlal", "p0", "p1", "w0", "x1"),
-            $cut!("w3"), products!("smlal", "p2", "p3", "w1", "x1"),
-            products!("smlal", "p4", "p5", "w2", "x1"), products!("smlal", "p6", "p7", "w3", "x1"),
-            sadalp!("s0", "p0"), sadalp!("s1", "p1"), sadalp!("s2", "p2"), sadalp!("s3", "p3"),
-            sadalp!("s4", "p4"), sadalp!("s5", "p5"), sadalp!("s6", "p6"), sadalp!("s7", "p7"),
+            eight_columns!($cut, "smull", 0, 1), $between, eight_columns!($cut, $second, 2, 3), add!(),
             $(mask = in(vreg) $mask,)?
             w = in(reg) $w.as_ptr(), a = inout(reg) $a.as_ptr() => _,
             s0 = inout(vreg) *s0, s1 = inout(vreg) *s1, s2 = inout(vreg) *s2, s3 = inout(vreg) *s3,
@@ -215,14 +161,22 @@ macro_rules! nibbles {
     }};
 }
 
+/// # Safety
+/// Needs neon, as all below.
+#[inline(always)]
+unsafe fn dot(sums: &mut Sums, w: &Weights, a: &Activations) {
+    // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
+    unsafe { sixteen_columns!(sums, w, a, whole, add!(), "smull") }
+}
+
 #[inline(always)]
 unsafe fn dot_low(sums: &mut Sums, w: &Weights, a: &Activations) {
-    // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
-    unsafe { nibbles!(sums, w, a, low, vdupq_n_u8(15)) }
+    // SAFETY: as above.
+    unsafe { sixteen_columns!(sums, w, a, low, "", "smlal", vdupq_n_u8(15)) }
 }
 
 #[inline(always)]
 unsafe fn dot_high(sums: &mut Sums, w: &Weights, a: &Activations) {
     // SAFETY: as above.
-    unsafe { nibbles!(sums, w, a, high) }
+    unsafe { sixteen_columns!(sums, w, a, high, "", "smlal") }
 }
