@@ -3,7 +3,8 @@
 //! A register of products holds two rows, eight 16-bit numbers, and there are eight chains of them, so that each
 //! instruction finds its operands ready (latency 6 at most, distance 8). Loads come in bursts ahead of arithmetic: by
 //! LLVM's models no other order is faster on any of A53, A55, A72, N1. Two products of 8-bit weights with ±127 fit
-//! 16 bits (2 · 128 · 127 < 32,768), four of 4-bit ones too (4 · 15 · 127).
+//! 16 bits (2 · 128 · 127 < 32,768), so those become 32 bits wide after every second one. Of 4-bit ones sixteen fit
+//! (16 · 15 · 127 = 30,480), half of what a group has at most: those become so at the end alone.
 //! Left to the compiler, all products are begun first and half of them spilled.
 
 use super::{I, Products};
@@ -15,8 +16,15 @@ use std::arch::asm;
 #[derive(Copy, Clone)]
 pub(crate) struct Smull;
 
-/// Per four rows, two numbers of rows 0 and 1 each, then of 2 and 3.
-type Sums = [[int32x4_t; 2]; 4];
+/// The sums of one group, of 32 columns at most. Which one it is is known when code is generated.
+#[derive(Copy, Clone)]
+pub(crate) enum Sums {
+    Zero,
+    /// Of 8-bit weights. Per four rows, two numbers of rows 0 and 1 each, then of 2 and 3.
+    Wide([[int32x4_t; 2]; 4]),
+    /// Of 4-bit weights. Per four rows, four numbers of rows 0 and 1 each, then of 2 and 3.
+    Narrow([[int16x8_t; 2]; 4]),
+}
 
 impl Products for Smull {
     type Sums = Sums;
@@ -25,8 +33,7 @@ impl Products for Smull {
 
     #[inline(always)]
     unsafe fn start<const T: usize>() -> [Sums; T] {
-        // SAFETY: the caller has neon.
-        [[[unsafe { vdupq_n_s32(0) }; 2]; 4]; T]
+        [Sums::Zero; T]
     }
 
     #[inline(always)]
@@ -37,7 +44,7 @@ impl Products for Smull {
     ) -> [Sums; T] {
         for token in 0..T {
             // SAFETY: the caller has neon.
-            unsafe { dot(&mut sums[token], w, a[token]) };
+            sums[token] = unsafe { dot(sums[token], w, a[token]) };
         }
         sums
     }
@@ -50,13 +57,7 @@ impl Products for Smull {
     ) -> [Sums; T] {
         for token in 0..T {
             // SAFETY: the caller has neon.
-            unsafe {
-                if HIGH {
-                    dot_high(&mut sums[token], w, a[token]);
-                } else {
-                    dot_low(&mut sums[token], w, a[token]);
-                }
-            }
+            sums[token] = unsafe { dot_nibbles::<HIGH>(sums[token], w, a[token]) };
         }
         sums
     }
@@ -64,7 +65,13 @@ impl Products for Smull {
     #[inline(always)]
     unsafe fn finish<const T: usize>(sums: [Sums; T]) -> [I; T] {
         // SAFETY: the caller has neon.
-        sums.map(|sums| sums.map(|[low, high]| unsafe { vpaddq_s32(low, high) }))
+        sums.map(|sums| unsafe {
+            match sums {
+                Sums::Zero => [vdupq_n_s32(0); 4],
+                Sums::Wide(sums) => sums.map(|[low, high]| vpaddq_s32(low, high)),
+                Sums::Narrow(sums) => sums.map(|[low, high]| vpaddlq_s16(vpaddq_s16(low, high))),
+            }
+        })
     }
 }
 
@@ -110,15 +117,15 @@ macro_rules! eight_columns {
     };
 }
 
-/// Adds neighbouring products.
+/// Adds neighbouring products, with SADDLP as the first ones, with SADALP to those before.
 #[rustfmt::skip]
 macro_rules! add {
-    () => {
+    ($add:literal) => {
         concat!(
-            "sadalp {s0:v}.4s, {p0:v}.8h\n", "sadalp {s1:v}.4s, {p1:v}.8h\n",
-            "sadalp {s2:v}.4s, {p2:v}.8h\n", "sadalp {s3:v}.4s, {p3:v}.8h\n",
-            "sadalp {s4:v}.4s, {p4:v}.8h\n", "sadalp {s5:v}.4s, {p5:v}.8h\n",
-            "sadalp {s6:v}.4s, {p6:v}.8h\n", "sadalp {s7:v}.4s, {p7:v}.8h\n",
+            $add, " {s0:v}.4s, {p0:v}.8h\n", $add, " {s1:v}.4s, {p1:v}.8h\n",
+            $add, " {s2:v}.4s, {p2:v}.8h\n", $add, " {s3:v}.4s, {p3:v}.8h\n",
+            $add, " {s4:v}.4s, {p4:v}.8h\n", $add, " {s5:v}.4s, {p5:v}.8h\n",
+            $add, " {s6:v}.4s, {p6:v}.8h\n", $add, " {s7:v}.4s, {p7:v}.8h\n",
         )
     };
 }
@@ -139,44 +146,87 @@ macro_rules! high {
     };
 }
 
-/// Sixteen columns of sixteen rows, from what `$cut` leaves of bytes. `$between` the first and the last eight the products are
-/// added to the sums and started anew (`$second` is SMULL), or they go on (SMLAL).
+/// `asm!` with weights, activations and the registers for them.
 #[rustfmt::skip]
-macro_rules! sixteen_columns {
-    ($sums:expr, $w:expr, $a:expr, $cut:ident, $between:expr, $second:literal $(, $mask:expr)?) => {{
-        let [[s0, s1], [s2, s3], [s4, s5], [s6, s7]] = $sums;
+macro_rules! multiply {
+    ($w:expr, $a:expr, [$($text:expr),*], $($operands:tt)*) => {
         asm!(
-            eight_columns!($cut, "smull", 0, 1), $between, eight_columns!($cut, $second, 2, 3), add!(),
-            $(mask = in(vreg) $mask,)?
+            $($text,)*
+            $($operands)*
             w = in(reg) $w.as_ptr(), a = inout(reg) $a.as_ptr() => _,
-            s0 = inout(vreg) *s0, s1 = inout(vreg) *s1, s2 = inout(vreg) *s2, s3 = inout(vreg) *s3,
-            s4 = inout(vreg) *s4, s5 = inout(vreg) *s5, s6 = inout(vreg) *s6, s7 = inout(vreg) *s7,
-            p0 = out(vreg) _, p1 = out(vreg) _, p2 = out(vreg) _, p3 = out(vreg) _,
-            p4 = out(vreg) _, p5 = out(vreg) _, p6 = out(vreg) _, p7 = out(vreg) _,
             u0 = out(vreg) _, u1 = out(vreg) _, u2 = out(vreg) _, u3 = out(vreg) _,
             w0 = out(vreg) _, w1 = out(vreg) _, w2 = out(vreg) _, w3 = out(vreg) _,
             x0 = out(vreg) _, x1 = out(vreg) _,
             options(pure, readonly, nostack, preserves_flags)
+        )
+    };
+}
+
+/// Sixteen columns of sixteen rows of 8-bit weights, into `$sums` by `$first`.
+#[rustfmt::skip]
+macro_rules! bytes {
+    ($w:expr, $a:expr, $first:literal, $direction:ident, $sums:expr) => {{
+        let [[s0, s1], [s2, s3], [s4, s5], [s6, s7]] = &mut $sums;
+        multiply!($w, $a, [
+            eight_columns!(whole, "smull", 0, 1), add!($first), eight_columns!(whole, "smull", 2, 3), add!("sadalp")],
+            s0 = $direction(vreg) *s0, s1 = $direction(vreg) *s1, s2 = $direction(vreg) *s2, s3 = $direction(vreg) *s3,
+            s4 = $direction(vreg) *s4, s5 = $direction(vreg) *s5, s6 = $direction(vreg) *s6, s7 = $direction(vreg) *s7,
+            p0 = out(vreg) _, p1 = out(vreg) _, p2 = out(vreg) _, p3 = out(vreg) _,
+            p4 = out(vreg) _, p5 = out(vreg) _, p6 = out(vreg) _, p7 = out(vreg) _,
+        );
+    }};
+}
+
+/// Sixteen columns of sixteen rows of what `$cut` leaves of bytes, into `$products` by `$first`.
+#[rustfmt::skip]
+macro_rules! nibbles {
+    ($w:expr, $a:expr, $cut:ident, $first:literal, $direction:ident, $products:expr $(, $mask:expr)?) => {{
+        let [[p0, p1], [p2, p3], [p4, p5], [p6, p7]] = &mut $products;
+        multiply!($w, $a, [eight_columns!($cut, $first, 0, 1), eight_columns!($cut, "smlal", 2, 3)],
+            $(mask = in(vreg) $mask,)?
+            p0 = $direction(vreg) *p0, p1 = $direction(vreg) *p1, p2 = $direction(vreg) *p2, p3 = $direction(vreg) *p3,
+            p4 = $direction(vreg) *p4, p5 = $direction(vreg) *p5, p6 = $direction(vreg) *p6, p7 = $direction(vreg) *p7,
         );
     }};
 }
 
 /// # Safety
-/// Needs neon, as all below.
+/// Needs neon.
 #[inline(always)]
-unsafe fn dot(sums: &mut Sums, w: &Weights, a: &Activations) {
+unsafe fn dot(sums: Sums, w: &Weights, a: &Activations) -> Sums {
     // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
-    unsafe { sixteen_columns!(sums, w, a, whole, add!(), "smull") }
+    unsafe {
+        if let Sums::Wide(mut sums) = sums {
+            bytes!(w, a, "sadalp", inout, sums);
+            return Sums::Wide(sums);
+        }
+        let mut sums = [[vdupq_n_s32(0); 2]; 4];
+        bytes!(w, a, "saddlp", out, sums);
+        Sums::Wide(sums)
+    }
 }
 
+/// # Safety
+/// Needs neon.
 #[inline(always)]
-unsafe fn dot_low(sums: &mut Sums, w: &Weights, a: &Activations) {
+unsafe fn dot_nibbles<const HIGH: bool>(sums: Sums, w: &Weights, a: &Activations) -> Sums {
     // SAFETY: as above.
-    unsafe { sixteen_columns!(sums, w, a, low, "", "smlal", vdupq_n_u8(15)) }
-}
-
-#[inline(always)]
-unsafe fn dot_high(sums: &mut Sums, w: &Weights, a: &Activations) {
-    // SAFETY: as above.
-    unsafe { sixteen_columns!(sums, w, a, high, "", "smlal") }
+    unsafe {
+        let mask = vdupq_n_u8(15);
+        if let Sums::Narrow(mut sums) = sums {
+            if HIGH {
+                nibbles!(w, a, high, "smlal", inout, sums);
+            } else {
+                nibbles!(w, a, low, "smlal", inout, sums, mask);
+            }
+            return Sums::Narrow(sums);
+        }
+        let mut sums = [[vdupq_n_s16(0); 2]; 4];
+        if HIGH {
+            nibbles!(w, a, high, "smull", out, sums);
+        } else {
+            nibbles!(w, a, low, "smull", out, sums, mask);
+        }
+        Sums::Narrow(sums)
+    }
 }
