@@ -235,7 +235,7 @@ unsafe fn widen_low(x: uint8x16_t) -> float32x4_t {
     let out;
     // SAFETY: registers only.
     unsafe {
-        asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags))
+        asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags));
     };
     out
 }
@@ -245,7 +245,7 @@ unsafe fn widen_high(x: uint8x16_t) -> float32x4_t {
     let out;
     // SAFETY: registers only.
     unsafe {
-        asm!("fcvtl2 {0:v}.4s, {1:v}.8h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags))
+        asm!("fcvtl2 {0:v}.4s, {1:v}.8h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags));
     };
     out
 }

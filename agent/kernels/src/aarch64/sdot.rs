@@ -95,8 +95,8 @@ unsafe fn several<const T: usize>(
         let load = |k4: usize, quad: usize| cut(vld1q_u8(w[k4].as_ptr().add(16 * quad)));
         for quad in 0..4 {
             let w = [load(0, quad), load(1, quad), load(2, quad), load(3, quad)];
-            for token in 0..T {
-                let (sum, x) = (&mut sums[token][quad], vld1q_s8(a[token].as_ptr()));
+            for (sums, a) in sums.iter_mut().zip(a) {
+                let (sum, x) = (&mut sums[quad], vld1q_s8(a.as_ptr()));
                 sdot!(*sum, w[0], x, "0");
                 sdot!(*sum, w[1], x, "1");
                 sdot!(*sum, w[2], x, "2");

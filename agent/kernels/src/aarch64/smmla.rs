@@ -56,14 +56,13 @@ impl Products for Smmla {
 
     #[inline(always)]
     unsafe fn finish<const T: usize>(mut sums: [I; T]) -> [I; T] {
-        for pair in sums.as_chunks_mut::<2>().0 {
-            for quad in 0..4 {
+        for [first, second] in sums.as_chunks_mut::<2>().0 {
+            for (low, high) in first.iter_mut().zip(second) {
                 // SAFETY: the caller has neon.
                 unsafe {
-                    let low = vreinterpretq_s64_s32(pair[0][quad]);
-                    let high = vreinterpretq_s64_s32(pair[1][quad]);
-                    pair[0][quad] = vreinterpretq_s32_s64(vzip1q_s64(low, high));
-                    pair[1][quad] = vreinterpretq_s32_s64(vzip2q_s64(low, high));
+                    let (a, b) = (vreinterpretq_s64_s32(*low), vreinterpretq_s64_s32(*high));
+                    *low = vreinterpretq_s32_s64(vzip1q_s64(a, b));
+                    *high = vreinterpretq_s32_s64(vzip2q_s64(a, b));
                 }
             }
         }
