@@ -23,7 +23,7 @@ pub(crate) struct Neon<P>(PhantomData<P>);
 
 impl<P> Neon<P> {
     /// # Safety
-    /// The CPU has the features above.
+    /// The CPU has these features.
     #[inline(always)]
     pub(crate) unsafe fn assume() -> Self {
         Self(PhantomData)

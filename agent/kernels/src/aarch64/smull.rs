@@ -1,8 +1,8 @@
 //! Byte products without dotprod: SMULL, SMLAL, SADALP, in an order that suits in-order cores (A53) as well as others.
 //!
 //! A register of products holds two rows, eight 16-bit numbers, and there are eight chains of them, so that each
-//! instruction finds its operands ready (latency 6 at most, distance 8). Loads come in bursts ahead of arithmetic: by
-//! LLVM's models no other order is faster on any of A53, A55, A72, N1. Two products of 8-bit weights with ±127 fit
+//! instruction finds its operands ready (latency 6 at most, distance 8). Loads come in bursts ahead of arithmetic: of the
+//! orders tried, none is faster by LLVM's models of A53, A55, A72 and N1. Two products of 8-bit weights with ±127 fit
 //! 16 bits (2 · 128 · 127 < 32,768), so those become 32 bits wide after every second one. Of 4-bit ones sixteen fit
 //! (16 · 15 · 127 = 30,480), half of what a group has at most: those become so at the end alone.
 //! Left to the compiler, all products are begun first and half of them spilled.
@@ -196,13 +196,18 @@ macro_rules! nibbles {
 unsafe fn dot(sums: Sums, w: &Weights, a: &Activations) -> Sums {
     // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
     unsafe {
-        if let Sums::Wide(mut sums) = sums {
-            bytes!(w, a, "sadalp", inout, sums);
-            return Sums::Wide(sums);
+        match sums {
+            Sums::Zero => {
+                let mut sums = [[vdupq_n_s32(0); 2]; 4];
+                bytes!(w, a, "saddlp", out, sums);
+                Sums::Wide(sums)
+            }
+            Sums::Wide(mut sums) => {
+                bytes!(w, a, "sadalp", inout, sums);
+                Sums::Wide(sums)
+            }
+            Sums::Narrow(_) => unreachable!("a group has weights of one kind"),
         }
-        let mut sums = [[vdupq_n_s32(0); 2]; 4];
-        bytes!(w, a, "saddlp", out, sums);
-        Sums::Wide(sums)
     }
 }
 
@@ -213,20 +218,21 @@ unsafe fn dot_nibbles<const HIGH: bool>(sums: Sums, w: &Weights, a: &Activations
     // SAFETY: as above.
     unsafe {
         let mask = vdupq_n_u8(15);
-        if let Sums::Narrow(mut sums) = sums {
-            if HIGH {
-                nibbles!(w, a, high, "smlal", inout, sums);
-            } else {
-                nibbles!(w, a, low, "smlal", inout, sums, mask);
+        match (sums, HIGH) {
+            (Sums::Zero, _) => {
+                let mut sums = [[vdupq_n_s16(0); 2]; 4];
+                if HIGH {
+                    nibbles!(w, a, high, "smull", out, sums);
+                } else {
+                    nibbles!(w, a, low, "smull", out, sums, mask);
+                }
+                Sums::Narrow(sums)
             }
-            return Sums::Narrow(sums);
+            (Sums::Narrow(mut sums), true) => {
+                nibbles!(w, a, high, "smlal", inout, sums);
+                Sums::Narrow(sums)
+            }
+            _ => unreachable!("a group has weights of one kind, the low halves first"),
         }
-        let mut sums = [[vdupq_n_s16(0); 2]; 4];
-        if HIGH {
-            nibbles!(w, a, high, "smull", out, sums);
-        } else {
-            nibbles!(w, a, low, "smull", out, sums, mask);
-        }
-        Sums::Narrow(sums)
     }
 }
