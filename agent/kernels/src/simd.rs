@@ -61,7 +61,7 @@ pub(crate) trait Simd: Copy {
         w: &Weights,
         a: [&Activations; T],
     ) -> [Self::Sums; T];
-    /// The same for the low or the high halves of bytes.
+    /// The same for the low or the high halves of bytes; within a group the low ones come first.
     fn dot_nibbles<const T: usize, const HIGH: bool>(
         self,
         sums: [Self::Sums; T],
