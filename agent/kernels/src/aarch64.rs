@@ -1,6 +1,6 @@
-//! 64-bit ARM: a vector is four registers. Byte products go through SDOT where the CPU has it (`Neon<true>`: A55, A76
-//! and later) and else through SMULL, SMLAL and SADALP (A53, A72), whose 16-bit sums of two products hold any
-//! weights times ±127 (2 · 128 · 127 < 32,768). Stable Rust has intrinsics neither for SDOT nor for f16, hence `asm!`.
+//! 64-bit ARM: a vector is four registers. How byte products are added up depends on the CPU, and is in three forms in
+//! `smull` (A53, A72), `sdot` (A55, A76 and later) and `smmla` (CPUs with i8mm). Stable Rust has no intrinsics for f16,
+//! hence `asm!`.
 
 #![allow(clippy::wildcard_imports, reason = "intrinsics carry their own prefix")]
 #![allow(
@@ -8,20 +8,25 @@
     reason = "only unaligned loads and stores go through such pointers"
 )]
 
+pub(crate) mod sdot;
+pub(crate) mod smmla;
+pub(crate) mod smull;
+
 use crate::simd::{Activations, Simd, Weights};
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::marker::PhantomData;
 
-/// Exists only on CPUs with neon, and `Neon<true>` only on those with dotprod.
+/// Exists only on CPUs with neon and what `P` needs.
 #[derive(Copy, Clone)]
-pub(crate) struct Neon<const DOTPROD: bool>(());
+pub(crate) struct Neon<P>(PhantomData<P>);
 
-impl<const DOTPROD: bool> Neon<DOTPROD> {
+impl<P> Neon<P> {
     /// # Safety
-    /// The CPU has the features above.
+    /// The CPU has these features.
     #[inline(always)]
     pub(crate) unsafe fn assume() -> Self {
-        Self(())
+        Self(PhantomData)
     }
 }
 
@@ -42,12 +47,35 @@ macro_rules! each {
 }
 
 type F = [float32x4_t; 4];
+/// Sixteen i32: `[quad]`, four rows each.
 type I = [int32x4_t; 4];
 
-impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
+/// How a CPU multiplies bytes and adds the products up. The functions are those of [`Simd`].
+///
+/// # Safety
+/// Of each: the CPU has neon and what the form needs.
+pub(crate) trait Products: Copy {
+    type Sums: Copy;
+    const TOKENS: usize;
+
+    unsafe fn start<const T: usize>() -> [Self::Sums; T];
+    unsafe fn dot<const T: usize>(
+        sums: [Self::Sums; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [Self::Sums; T];
+    unsafe fn dot_nibbles<const T: usize, const HIGH: bool>(
+        sums: [Self::Sums; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [Self::Sums; T];
+    unsafe fn finish<const T: usize>(sums: [Self::Sums; T]) -> [I; T];
+}
+
+impl<P: Products> Simd for Neon<P> {
     type F = F;
-    type Sums = I;
-    const TOKENS: usize = 4;
+    type Sums = P::Sums;
+    const TOKENS: usize = P::TOKENS;
     const VECTORS: usize = 1;
     const OFFSET: bool = false;
 
@@ -164,39 +192,34 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     }
 
     #[inline(always)]
-    fn start<const T: usize>(self, from: [i32; T]) -> [I; T] {
-        let mut sums = [op!([vdupq_n_s32(0); 4]); T];
-        for token in 0..T {
-            sums[token] = op!([vdupq_n_s32(from[token]); 4]);
-        }
-        sums
+    fn start<const T: usize>(self, _: [i32; T]) -> [P::Sums; T] {
+        // Weights are signed, so sums start at zero.
+        op!(P::start())
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(self, sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
-        let load =
-            |k4: usize, quad: usize| op!(vld1q_s8(w[k4].as_ptr().cast::<i8>().add(16 * quad)));
-        op!(add_products::<DOTPROD, T>(sums, load, a))
+    fn dot<const T: usize>(
+        self,
+        sums: [P::Sums; T],
+        w: &Weights,
+        a: [&Activations; T],
+    ) -> [P::Sums; T] {
+        op!(P::dot(sums, w, a))
     }
 
     #[inline(always)]
     fn dot_nibbles<const T: usize, const HIGH: bool>(
         self,
-        sums: [I; T],
+        sums: [P::Sums; T],
         w: &Weights,
         a: [&Activations; T],
-    ) -> [I; T] {
-        let load = |k4: usize, quad: usize| {
-            op! {
-                let w = vld1q_u8(w[k4].as_ptr().add(16 * quad));
-                vreinterpretq_s8_u8(if HIGH { vshrq_n_u8::<4>(w) } else { vandq_u8(w, vdupq_n_u8(15)) })
-            }
-        };
-        op!(add_products::<DOTPROD, T>(sums, load, a))
+    ) -> [P::Sums; T] {
+        op!(P::dot_nibbles::<T, HIGH>(sums, w, a))
     }
 
     #[inline(always)]
-    fn finish<const T: usize>(self, sums: [I; T]) -> [F; T] {
+    fn finish<const T: usize>(self, sums: [P::Sums; T]) -> [F; T] {
+        let sums = op!(P::finish(sums));
         let mut out = [op!([vdupq_n_f32(0.0); 4]); T];
         for token in 0..T {
             out[token] = each!(Q: vcvtq_f32_s32(sums[token][Q]));
@@ -212,7 +235,7 @@ unsafe fn widen_low(x: uint8x16_t) -> float32x4_t {
     let out;
     // SAFETY: registers only.
     unsafe {
-        asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags))
+        asm!("fcvtl {0:v}.4s, {1:v}.4h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags));
     };
     out
 }
@@ -222,7 +245,7 @@ unsafe fn widen_high(x: uint8x16_t) -> float32x4_t {
     let out;
     // SAFETY: registers only.
     unsafe {
-        asm!("fcvtl2 {0:v}.4s, {1:v}.8h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags))
+        asm!("fcvtl2 {0:v}.4s, {1:v}.8h", lateout(vreg) out, in(vreg) x, options(pure, nomem, nostack, preserves_flags));
     };
     out
 }
@@ -240,63 +263,4 @@ unsafe fn narrow(low: float32x4_t, high: float32x4_t) -> uint16x8_t {
         );
     }
     out
-}
-
-/// `$sum += ` the products of four rows' four bytes with lane `$lane` of the activations.
-macro_rules! sdot {
-    ($sum:expr, $w:expr, $a:expr, $lane:literal) => {
-        asm!(
-            concat!("sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[", $lane, "]"),
-            inout(vreg) $sum, in(vreg) $w, in(vreg) $a,
-            options(pure, nomem, nostack, preserves_flags)
-        )
-    };
-}
-
-/// Adds to `sums` the products of four rows' (`quad`) four bytes (`k4`), as `load` gives them, with each token's.
-/// Without dotprod: rows 0 and 1 of four are the low half of a register, 2 and 3 the high one; two such registers,
-/// four of K apart, are multiplied and added in 16 bits, then neighbours in 32.
-///
-/// # Safety
-/// Needs neon, and dotprod if `DOTPROD`.
-#[inline(always)]
-unsafe fn add_products<const DOTPROD: bool, const T: usize>(
-    mut sums: [I; T],
-    load: impl Fn(usize, usize) -> int8x16_t,
-    a: [&Activations; T],
-) -> [I; T] {
-    // SAFETY: the caller has the features; loads stay within the references.
-    unsafe {
-        let mut x = [vdupq_n_s8(0); T];
-        for token in 0..T {
-            x[token] = vld1q_s8(a[token].as_ptr());
-        }
-        for quad in 0..4 {
-            let w = [load(0, quad), load(1, quad), load(2, quad), load(3, quad)];
-            for token in 0..T {
-                let (sum, x) = (&mut sums[token][quad], x[token]);
-                if DOTPROD {
-                    sdot!(*sum, w[0], x, "0");
-                    sdot!(*sum, w[1], x, "1");
-                    sdot!(*sum, w[2], x, "2");
-                    sdot!(*sum, w[3], x, "3");
-                } else {
-                    let x = vreinterpretq_s32_s8(x);
-                    let x0 = vreinterpretq_s8_s32(vdupq_laneq_s32::<0>(x));
-                    let x1 = vreinterpretq_s8_s32(vdupq_laneq_s32::<1>(x));
-                    let x2 = vreinterpretq_s8_s32(vdupq_laneq_s32::<2>(x));
-                    let x3 = vreinterpretq_s8_s32(vdupq_laneq_s32::<3>(x));
-                    let low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x0));
-                    let low = vpaddlq_s16(vmlal_s8(low, vget_low_s8(w[1]), vget_low_s8(x1)));
-                    let high = vpaddlq_s16(vmlal_high_s8(vmull_high_s8(w[0], x0), w[1], x1));
-                    let more = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
-                    let low = vpadalq_s16(low, vmlal_s8(more, vget_low_s8(w[3]), vget_low_s8(x3)));
-                    let more = vmlal_high_s8(vmull_high_s8(w[2], x2), w[3], x3);
-                    let high = vpadalq_s16(high, more);
-                    *sum = vaddq_s32(*sum, vpaddq_s32(low, high));
-                }
-            }
-        }
-        sums
-    }
 }

@@ -363,8 +363,10 @@ fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
             sums[query][vector] = s.mul(s.load(&old[vector]), s.splat(decay[query]));
         }
     }
-    let rows = values.chunks_exact(head).enumerate();
-    for (key, row) in rows.take(keys.end).skip(keys.start) {
+    // One slice: an iterator that skips and takes keeps its state in registers that the sums need.
+    let p = p.each_ref().map(|p| &p[keys.clone()]);
+    let rows = values[keys.start * head..keys.end * head].chunks_exact(head);
+    for (key, row) in rows.enumerate() {
         let row = row[at..at + 16 * V].as_chunks().0;
         for vector in 0..V {
             let v = E::load(s, &row[vector]);

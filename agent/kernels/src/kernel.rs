@@ -123,7 +123,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel of that name: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `neon`, `dotprod` or `reference`.
+    /// The kernel of that name: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `neon`, `dotprod`, `i8mm` or `reference`.
     pub fn named(name: &str) -> Result<Self, KernelError> {
         if name == "reference" {
             // Whatever is not a linear is bit-equal anyway, so it may as well be fast.

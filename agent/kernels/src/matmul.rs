@@ -163,8 +163,8 @@ fn tokens<S: Simd, F: Form, const R: usize>(
             let at = Place { tile, base, first };
             first += match tokens - first {
                 8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
-                4.. => step::<S, F, 4, R>(s, weights, view, at, out),
-                2.. => step::<S, F, 2, R>(s, weights, view, at, out),
+                4.. if S::TOKENS >= 4 => step::<S, F, 4, R>(s, weights, view, at, out),
+                2.. if S::TOKENS >= 4 => step::<S, F, 2, R>(s, weights, view, at, out),
                 _ => step::<S, F, 1, R>(s, weights, view, at, out),
             };
         }
@@ -253,32 +253,44 @@ fn dots<S: Simd, F: Form, const T: usize, const R: usize>(
     group: usize,
 ) -> [[S::Sums; T]; R] {
     let mut sums = [s.start(from); R];
-    for half in 0..2 {
-        if F::GROUPS == 2 && half != group {
-            continue;
-        }
-        let mut a: [&Activations; T] = [&[0; 16]; T];
-        for token in 0..T {
-            a[token] = &q[token].as_chunks().0[half];
-        }
-        if F::FOUR {
-            for tile in 0..R {
-                let w = weights(&blocks[tile][F::HEAD..]);
-                sums[tile] = if half == 0 {
-                    s.dot_nibbles::<T, false>(sums[tile], w, a)
-                } else {
-                    s.dot_nibbles::<T, true>(sums[tile], w, a)
-                };
-            }
-        } else {
-            let mut w: [&Weights; R] = [&[[0; 64]; 4]; R];
-            for tile in 0..R {
-                w[tile] = weights(&blocks[tile][F::HEAD + 256 * half..]);
-            }
-            sums = s.dots(sums, w, a);
-        }
+    // Not a loop: where one is left standing, the sums go through memory.
+    if F::GROUPS == 1 || group == 0 {
+        sums = half::<S, F, T, R, 0>(s, sums, blocks, q);
+    }
+    if F::GROUPS == 1 || group == 1 {
+        sums = half::<S, F, T, R, 1>(s, sums, blocks, q);
     }
     sums
+}
+
+/// Adds the products of half a block.
+#[inline(always)]
+fn half<S: Simd, F: Form, const T: usize, const R: usize, const HALF: usize>(
+    s: S,
+    mut sums: [[S::Sums; T]; R],
+    blocks: [&[u8]; R],
+    q: &[[i8; BLOCK]; T],
+) -> [[S::Sums; T]; R] {
+    let mut a: [&Activations; T] = [&[0; 16]; T];
+    for token in 0..T {
+        a[token] = &q[token].as_chunks().0[HALF];
+    }
+    if F::FOUR {
+        for tile in 0..R {
+            let w = weights(&blocks[tile][F::HEAD..]);
+            sums[tile] = if HALF == 0 {
+                s.dot_nibbles::<T, false>(sums[tile], w, a)
+            } else {
+                s.dot_nibbles::<T, true>(sums[tile], w, a)
+            };
+        }
+        return sums;
+    }
+    let mut w: [&Weights; R] = [&[[0; 64]; 4]; R];
+    for tile in 0..R {
+        w[tile] = weights(&blocks[tile][F::HEAD + 256 * HALF..]);
+    }
+    s.dots(sums, w, a)
 }
 
 /// The first 256 bytes.

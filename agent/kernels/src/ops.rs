@@ -143,7 +143,7 @@ kernel!(
     "neon",
     Layout::Signed,
     // SAFETY: evaluated only inside functions that are unsafe for needing these features.
-    unsafe { crate::aarch64::Neon::<false>::assume() },
+    unsafe { crate::aarch64::Neon::<crate::aarch64::smull::Smull>::assume() },
     ["neon"],
     std::arch::is_aarch64_feature_detected!("neon")
 );
@@ -154,7 +154,7 @@ kernel!(
     "dotprod",
     Layout::Signed,
     // SAFETY: evaluated only inside functions that are unsafe for needing these features.
-    unsafe { crate::aarch64::Neon::<true>::assume() },
+    unsafe { crate::aarch64::Neon::<crate::aarch64::sdot::Sdot>::assume() },
     ["neon", "dotprod"],
     std::arch::is_aarch64_feature_detected!("dotprod")
 );
@@ -170,11 +170,23 @@ kernel!(
     crate::armv7::detect()
 );
 
+#[cfg(target_arch = "aarch64")]
+kernel!(
+    i8mm,
+    "i8mm",
+    Layout::Signed,
+    // SAFETY: evaluated only inside functions that are unsafe for needing these features.
+    unsafe { crate::aarch64::Neon::<crate::aarch64::smmla::Smmla>::assume() },
+    ["neon", "dotprod", "i8mm"],
+    std::arch::is_aarch64_feature_detected!("dotprod")
+        && std::arch::is_aarch64_feature_detected!("i8mm")
+);
+
 /// The kernels of this build, slowest first.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static ALL: &[Ops] = &[scalar::OPS, avx2::OPS, avxvnni::OPS, avx512vnni::OPS];
 #[cfg(target_arch = "aarch64")]
-pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS];
+pub(crate) static ALL: &[Ops] = &[scalar::OPS, neon::OPS, dotprod::OPS, i8mm::OPS];
 #[cfg(all(target_arch = "arm", target_abi = "eabihf", target_os = "linux"))]
 pub(crate) static ALL: &[Ops] = &[
     scalar::OPS,
@@ -201,4 +213,5 @@ pub(crate) const FOREIGN: &[(&str, &str)] = &[
         "an ARM CPU, of 32 bits one with NEON and VFPv4 and Linux",
     ),
     ("dotprod", "a 64-bit ARM CPU with dotprod"),
+    ("i8mm", "a 64-bit ARM CPU with dotprod and i8mm"),
 ];

@@ -25,7 +25,7 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// The running sums of one token's products with sixteen rows, exact, in whatever form suits the CPU.
     type Sums: Copy;
-    /// Tokens that the registers hold at once beside a tile; 4 or 8.
+    /// Tokens that the registers hold at once beside a tile; 1, 4 or 8.
     const TOKENS: usize;
     /// Whether a tile's four tokens leave registers for a second tile, and sharing loads is worth it.
     const PAIRS: bool = false;
@@ -73,7 +73,7 @@ pub(crate) trait Simd: Copy {
         w: &Weights,
         a: [&Activations; T],
     ) -> [Self::Sums; T];
-    /// The same for the low or the high halves of bytes.
+    /// The same for the low or the high halves of bytes; within a group the low ones come first.
     fn dot_nibbles<const T: usize, const HIGH: bool>(
         self,
         sums: [Self::Sums; T],
