@@ -21,10 +21,21 @@ pub struct Model {
     /// Threads for a step that only decodes, and for one with prompt tokens in it.
     pub decode_threads: usize,
     pub prefill_threads: usize,
-    /// What this machine reads from memory, measured at the first start; null in a model that reads none.
+    /// What this machine reads from memory; null where it is unknown, as where other work disturbed the measurement.
     pub read_bytes_per_s: Option<u64>,
     pub plan: String,
     pub notes: Vec<String>,
+}
+
+impl Model {
+    /// Name, precision and version, as answers state them. A name that ends with the precision says it already.
+    pub fn title(&self) -> String {
+        let (name, precision) = (&self.name, &self.precision);
+        if name.ends_with(&format!("-{precision}")) {
+            return format!("{name} {}", self.version);
+        }
+        format!("{name}-{precision} {}", self.version)
+    }
 }
 
 /// How the gateway is.
@@ -83,4 +94,34 @@ pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec
 
 fn bytes(json: &Value) -> Vec<u8> {
     json.to_string().into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_title_names_the_precision_once() {
+        let title = |name: &str, precision: &str| {
+            let model = Model {
+                name: name.into(),
+                version: "1".into(),
+                precision: precision.into(),
+                digest: String::new(),
+                exact: true,
+                context_length: 1,
+                chat: false,
+                kernel: String::new(),
+                decode_threads: 1,
+                prefill_threads: 1,
+                read_bytes_per_s: None,
+                plan: String::new(),
+                notes: vec![],
+            };
+            model.title()
+        };
+        assert_eq!(title("smollm2-135m", "int8"), "smollm2-135m-int8 1");
+        assert_eq!(title("smollm2-135m-q4", "q4"), "smollm2-135m-q4 1");
+        assert_eq!(title("tinyq4", "q4"), "tinyq4-q4 1");
+    }
 }

@@ -312,7 +312,7 @@ impl<P: Prepare> Dispatcher<P> {
             .speed((prompt, completion.prefill), (decoded, completion.decode));
         let model = &self.parts.model;
         let provenance = Provenance {
-            model: format!("{}-{} {}", model.name, model.precision, model.version),
+            model: model.title(),
             digest: model.digest.clone(),
             engine: env!("CARGO_PKG_VERSION").into(),
             seed: self.seeds.get(&ticket).copied().unwrap_or_default(),

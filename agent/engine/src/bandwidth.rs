@@ -1,18 +1,25 @@
 //! How fast this machine reads memory: the ceiling of decoding. Measures, and knows nothing of models.
 
+use crate::bundle::hex;
 use crate::cores::{Calm, Cores, Stay, pool};
 use crate::tuning::{counts, read, write};
+use millwright_kernels::Pool;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs;
 use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 
 /// Larger than a gateway's caches, small enough for its memory.
-const BUFFER_BYTES: usize = 128 << 20;
+const BUFFER_BYTES_MAX: usize = 128 << 20;
+/// Less than this would measure caches.
+const BUFFER_BYTES_MIN: usize = 32 << 20;
+/// Of the memory that is free, one part in this many may be used.
+const FREE_PARTS: usize = 4;
 const PASSES: usize = 7;
 /// No machine reads slower or faster than this: bytes a second.
 const POSSIBLE: std::ops::RangeInclusive<f64> = 1e7..=1e13;
-const FILE: &str = "bandwidth.json";
 
 /// The file, as it is written.
 #[derive(Serialize, Deserialize)]
@@ -23,31 +30,51 @@ struct Remembered {
 }
 
 /// Bytes a second that `threads` threads read together, on the cores that a model of as many threads would use: the
-/// best of a few passes over 128 MiB. What disturbs a pass can only make it slower.
-pub fn read_bytes_per_second(threads: usize) -> f64 {
-    on(&Cores::here(), threads)
+/// best of a few passes over 128 MiB, or over a quarter of the free memory. What disturbs a pass can only make it
+/// slower. `None` where less than 128 MiB are free: a quarter of it would measure caches.
+pub fn read_bytes_per_second(threads: usize) -> Option<f64> {
+    let cores = Cores::here();
+    let threads = threads.clamp(1, cores.threads_max());
+    Some(measure(&cores, &[threads], &buffer()?).0)
 }
 
 /// What the best number of threads reads: as `folder` remembers it of this machine, else measured now. Takes a second
-/// and the memory's whole bandwidth, so it belongs before the work.
-pub fn remembered(folder: &Path) -> f64 {
-    let (cores, path) = (Cores::here(), folder.join(FILE));
-    match recall(&path, &cores.name()) {
-        Ok(Some(rate)) => return rate,
+/// and the memory's whole bandwidth, so it belongs before the work. `None` where it can't be known now: other work
+/// took the cores, or too little memory is free.
+pub fn remembered(folder: &Path) -> Option<f64> {
+    let cores = Cores::here();
+    settled(folder, &cores.name(), || {
+        let counts = counts(cores.threads_fast());
+        Some(measure(&cores, &counts, &buffer()?))
+    })
+}
+
+/// What `folder` remembers of these cores, else what `measured` gives if it also says that nothing disturbed it.
+fn settled(
+    folder: &Path,
+    cores: &str,
+    measured: impl FnOnce() -> Option<(f64, bool)>,
+) -> Option<f64> {
+    let path = folder.join(file(cores));
+    match recall(&path, cores) {
+        Ok(Some(rate)) => return Some(rate),
         Ok(None) => {}
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
-    let calm = Calm::begin();
-    let rates = counts(cores.threads_fast()).into_iter();
-    let rate = rates.map(|n| on(&cores, n)).fold(0.0, f64::max);
-    tracing::info!("this machine reads {:.1} GB/s", rate / 1e9);
-    if !calm.held() {
-        tracing::warn!("other work took the cores meanwhile, so the next start measures again");
-        return rate;
+    let Some((rate, calm)) = measured() else {
+        tracing::warn!("too little memory is free to measure how fast it is read");
+        return None;
+    };
+    if !calm {
+        tracing::warn!(
+            "other work took the cores while memory was measured, so the next start measures again"
+        );
+        return None;
     }
+    tracing::info!("this machine reads {:.1} GB/s", rate / 1e9);
     let remembered = Remembered {
         engine: env!("CARGO_PKG_VERSION").into(),
-        cores: cores.name(),
+        cores: cores.into(),
         read_bytes_per_second: rate,
     };
     let bytes = serde_json::to_vec(&remembered).unwrap_or_default();
@@ -57,7 +84,12 @@ pub fn remembered(folder: &Path) -> f64 {
             path.display()
         );
     }
-    rate
+    Some(rate)
+}
+
+/// Names the file after the cores: a process with fewer has its own.
+fn file(cores: &str) -> String {
+    format!("bandwidth-{}.json", hex(&Sha256::digest(cores)[..4]))
 }
 
 fn recall(path: &Path, cores: &str) -> Result<Option<f64>, String> {
@@ -75,20 +107,48 @@ fn recall(path: &Path, cores: &str) -> Result<Option<f64>, String> {
     Ok(Some(file.read_bytes_per_second))
 }
 
-fn on(cores: &Cores, threads: usize) -> f64 {
-    let threads = threads.clamp(1, cores.threads_max());
-    let kept_to = cores.kept_to(threads).map(<[usize]>::to_vec);
+/// What is read; its pages are there.
+fn buffer() -> Option<Vec<u64>> {
+    let bytes = buffer_bytes(memory_available())?;
+    Some(vec![1; bytes / size_of::<u64>()])
+}
+
+fn buffer_bytes(available: Option<usize>) -> Option<usize> {
+    let bytes = available.map_or(BUFFER_BYTES_MAX, |free| free / FREE_PARTS);
+    (bytes >= BUFFER_BYTES_MIN).then_some(bytes.min(BUFFER_BYTES_MAX))
+}
+
+/// Bytes that Linux could give without swapping; `None` where the system doesn't say.
+fn memory_available() -> Option<usize> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// The best of a few passes with each of these numbers of threads, and whether nothing disturbed them.
+fn measure(cores: &Cores, counts: &[usize], words: &[u64]) -> (f64, bool) {
+    let most = counts.iter().copied().max().unwrap_or(1);
+    let kept_to = cores.kept_to(most).map(<[usize]>::to_vec);
     let _stay = Stay::on(kept_to.as_deref());
-    let pool = pool(threads, kept_to.clone());
-    let buffers = vec![vec![1u64; BUFFER_BYTES / 8 / threads]; threads];
-    let pass = |_| {
+    let pool = pool(most, kept_to.clone());
+    let calm = Calm::begin();
+    let pass = |threads: usize| {
+        pool.limit(threads);
         let start = Instant::now();
-        pool.run(&|worker, _| {
-            black_box(sum(black_box(&buffers[worker])));
+        pool.run(&|worker, workers| {
+            let part = Pool::split(words.len(), worker, workers);
+            black_box(sum(black_box(&words[part])));
         });
-        (buffers[0].len() * 8 * threads) as f64 / start.elapsed().as_secs_f64()
+        size_of_val(words) as f64 / start.elapsed().as_secs_f64()
     };
-    (0..PASSES).map(pass).fold(0.0, f64::max)
+    let mut best = 0.0f64;
+    for &threads in counts {
+        best = (0..PASSES).map(|_| pass(threads)).fold(best, f64::max);
+    }
+    (best, calm.held())
 }
 
 /// Thirty-two sums, so that no addition waits for another.
@@ -105,17 +165,19 @@ fn sum(values: &[u64]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
     use tempfile::TempDir;
 
     #[test]
     fn what_was_measured_is_remembered_and_nonsense_is_not_believed() {
         let folder = TempDir::new().unwrap();
-        let measured = remembered(folder.path());
-        assert!(POSSIBLE.contains(&measured), "{measured}");
-        // A figure that no measurement would give again.
-        let path = folder.path().join(FILE);
-        let cores = Cores::here().name();
+        let settle = |cores: &str, measured| settled(folder.path(), cores, || measured);
+        assert_eq!(settle("a", None), None);
+        assert_eq!(settle("a", Some((1e10, false))), None);
+        assert_eq!(settle("a", Some((2e10, true))), Some(2e10));
+        assert_eq!(settle("a", Some((3e10, true))), Some(2e10));
+        assert_eq!(settle("b", Some((4e10, true))), Some(4e10));
+        assert_eq!(settle("a", None), Some(2e10));
+        let path = folder.path().join(file("a"));
         let save = |cores: &str, rate: f64| {
             let file = Remembered {
                 engine: env!("CARGO_PKG_VERSION").into(),
@@ -124,15 +186,34 @@ mod tests {
             };
             fs::write(&path, serde_json::to_vec(&file).unwrap()).unwrap();
         };
-        save(&cores, 12_345_678.0);
-        assert!((remembered(folder.path()) - 12_345_678.0).abs() < 1.0);
-        save("another", 12_345_678.0);
-        assert!(recall(&path, &cores).is_err());
+        save("another", 2e10);
+        assert!(recall(&path, "a").is_err());
         for rate in [0.0, -1.0, f64::INFINITY, f64::NAN, 1e20] {
-            save(&cores, rate);
-            assert!(recall(&path, &cores).is_err(), "{rate}");
+            save("a", rate);
+            assert!(recall(&path, "a").is_err(), "{rate}");
         }
         fs::write(&path, b"\xff").unwrap();
-        assert!(POSSIBLE.contains(&remembered(folder.path())));
+        assert_eq!(settle("a", Some((5e10, true))), Some(5e10));
+    }
+
+    #[test]
+    fn this_machine_reads_memory() {
+        let words = vec![1; BUFFER_BYTES_MIN / size_of::<u64>()];
+        let cores = Cores::here();
+        let (rate, _) = measure(&cores, &counts(cores.threads_fast()), &words);
+        assert!(POSSIBLE.contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn the_buffer_leaves_memory_to_others() {
+        const MIB: usize = 1 << 20;
+        assert_eq!(buffer_bytes(None), Some(128 * MIB));
+        assert_eq!(buffer_bytes(Some(8192 * MIB)), Some(128 * MIB));
+        assert_eq!(buffer_bytes(Some(200 * MIB)), Some(50 * MIB));
+        assert_eq!(buffer_bytes(Some(128 * MIB - 1)), None);
+        assert_eq!(buffer_bytes(Some(0)), None);
+        if cfg!(target_os = "linux") {
+            assert!(memory_available().is_some_and(|bytes| bytes > MIB));
+        }
     }
 }

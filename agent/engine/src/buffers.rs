@@ -7,6 +7,8 @@ use tract_onnx::prelude::*;
 /// Tensors that lie here unused at most. More than a layer has alive at once; a graph that holds on to more
 /// allocates them.
 const KEPT_MAX: usize = 16;
+/// Their bytes together at most: a long prompt's or a large vocabulary's tensors are not kept for long.
+const KEPT_BYTES_MAX: usize = 16 << 20;
 
 /// The tensors lent and those that came back.
 #[derive(Default)]
@@ -29,11 +31,49 @@ impl Buffers {
 
     /// Hands a tensor out, to come back once tract has dropped it.
     pub(crate) fn lend(&mut self, tensor: Arc<Tensor>) -> TValue {
-        if self.all.len() == KEPT_MAX {
-            // Of another size, most likely, from a step that was larger or smaller.
-            self.all.remove(0);
+        let room = KEPT_BYTES_MAX.checked_sub(bytes(&tensor));
+        if let Some(room) = room {
+            while self.all.len() >= KEPT_MAX || self.all.iter().map(bytes).sum::<usize>() > room {
+                // Of another size, most likely, from a step that was larger or smaller.
+                self.all.remove(0);
+            }
+            self.all.push(Arc::clone(&tensor));
         }
-        self.all.push(Arc::clone(&tensor));
         TValue::from_const(tensor)
+    }
+}
+
+fn bytes(tensor: &Arc<Tensor>) -> usize {
+    tensor.len() * size_of::<f32>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_bounded_by_count_and_by_bytes() {
+        let mut buffers = Buffers::default();
+        let mut lend = |width| {
+            let tensor = buffers.take(1, width).unwrap();
+            buffers.lend(tensor);
+            (
+                buffers.all.len(),
+                buffers.all.iter().map(bytes).sum::<usize>(),
+            )
+        };
+        for width in 1..=2 * KEPT_MAX {
+            let (count, _) = lend(width);
+            assert_eq!(count, width.min(KEPT_MAX));
+        }
+        let quarter = KEPT_BYTES_MAX / 4 / size_of::<f32>();
+        for more in 0..8 {
+            let (_, bytes) = lend(quarter + more);
+            assert!(bytes <= KEPT_BYTES_MAX, "{bytes}");
+        }
+        let kept = lend(quarter);
+        assert_eq!(kept.0, 3);
+        // One that is too large alone pushes out none.
+        assert_eq!(lend(4 * quarter + 1), kept);
     }
 }

@@ -44,7 +44,22 @@ impl Cores {
                 allowed,
             };
         };
-        let least = speeds.iter().copied().max().unwrap_or(0) as f64 * FAST_SHARE;
+        // The least of the fastest class below `limit`.
+        let class = |limit: f64| {
+            let below = speeds.iter().map(|&speed| speed as f64);
+            below.filter(|&speed| speed < limit).fold(0.0, f64::max) * FAST_SHARE
+        };
+        let many = |least: f64| {
+            speeds
+                .iter()
+                .filter(|&&speed| speed as f64 >= least)
+                .count()
+        };
+        let mut least = class(f64::INFINITY);
+        if many(least) < 2 && speeds.len() > 1 {
+            // One core alone, as in phones' 1 + 3 + 4: it and the class below it.
+            least = class(least);
+        }
         let pairs = allowed.iter().zip(&speeds);
         let fast = pairs.filter(|(_, speed)| **speed as f64 >= least);
         Self {
@@ -94,8 +109,8 @@ pub(crate) fn pool(threads: usize, kept_to: Option<Vec<usize>>) -> Pool {
     })
 }
 
-/// Whether other processes took this thread's core for more than a tenth of the time since it was made: what was
-/// measured meanwhile holds for now, not for this machine.
+/// Whether our threads together waited for a core for more than a tenth of the time since it was made: what was
+/// measured meanwhile holds for now, not for this machine. Threads that ended meanwhile don't count.
 pub(crate) struct Calm(Option<(Duration, Instant)>);
 
 impl Calm {
@@ -112,11 +127,19 @@ impl Calm {
     }
 }
 
-/// How long this thread could have run and had no core: the second number of its `schedstat`, in nanoseconds.
+/// How long our threads could have run and had no core: the second number of each one's `schedstat`, in nanoseconds.
 fn waited() -> Option<Duration> {
-    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-    let nanos = text.split(' ').nth(1)?.parse().ok()?;
-    Some(Duration::from_nanos(nanos))
+    let of = |task: fs::DirEntry| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split(' ')
+            .nth(1)?
+            .parse()
+            .ok()
+            .map(Duration::from_nanos)
+    };
+    let tasks = fs::read_dir("/proc/self/task").ok()?;
+    let each: Vec<Duration> = tasks.flatten().filter_map(of).collect();
+    (!each.is_empty()).then(|| each.iter().sum())
 }
 
 /// The number in a small file, 1 to `max`.
@@ -233,8 +256,21 @@ mod tests {
         cores.extend([&quick[..]; 4]);
         let tree = tree(&cores);
         fast(&tree, &[0, 1, 2, 3, 4, 5, 6, 7], &[4, 5, 6, 7]);
-        fast(&tree, &[2, 3, 6], &[6]);
+        fast(&tree, &[2, 3, 6, 7], &[6, 7]);
+        fast(&tree, &[2, 3, 6], &[2, 3, 6]);
+        fast(&tree, &[6], &[6]);
         fast(&tree, &[0, 1], &[0, 1]);
+    }
+
+    #[test]
+    fn one_prime_core_does_not_work_alone_as_in_phones() {
+        let capacities = ["325", "325", "325", "325", "780", "780", "780", "1024"];
+        let files = capacities.map(|capacity| [("cpu_capacity", capacity)]);
+        let cores: Vec<&[_]> = files.iter().map(|file| &file[..]).collect();
+        let tree = tree(&cores);
+        fast(&tree, &[0, 1, 2, 3, 4, 5, 6, 7], &[4, 5, 6, 7]);
+        fast(&tree, &[4, 5, 6, 7], &[4, 5, 6, 7]);
+        fast(&tree, &[0, 1, 7], &[0, 1, 7]);
     }
 
     #[test]
@@ -274,7 +310,7 @@ mod tests {
             ]
         };
         let (slow, quick) = (both("1000000"), both("2000000"));
-        fast(&tree(&[&slow, &quick]), &[0, 1], &[1]);
+        fast(&tree(&[&slow, &quick, &quick]), &[0, 1, 2], &[1, 2]);
         let absurd = both("99000000");
         fast(&tree(&[&slow, &absurd]), &[0, 1], &[0, 1]);
         fast(&tree(&[&slow, &[]]), &[0, 1], &[0, 1]);
@@ -288,6 +324,33 @@ mod tests {
         assert_eq!(
             Cores::read(Path::new("/nonexistent"), vec![]).threads_fast(),
             1
+        );
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn another_thread_that_waits_for_a_core_counts() {
+        let Some(before) = waited() else {
+            return;
+        };
+        let core = allowed()[0];
+        let busy = move || {
+            keep_to(&[core]);
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(200) {}
+            // It still lives when the other looks.
+            waited()
+        };
+        let threads = [std::thread::spawn(busy), std::thread::spawn(busy)];
+        let after = threads
+            .map(|thread| thread.join().unwrap())
+            .into_iter()
+            .flatten()
+            .max()
+            .unwrap();
+        assert!(
+            after.saturating_sub(before) > Duration::from_millis(20),
+            "{before:?} {after:?}"
         );
     }
 

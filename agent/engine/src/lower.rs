@@ -39,6 +39,9 @@ pub(crate) fn linears(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), Grap
                 source.rows
             };
             let weight = recipe.weight(source);
+            if op == LINEAR {
+                recipe.linears.insert(weight);
+            }
             let node = with_ints(new_node(op, &[&input], &[&output]), "weights", &[weight]);
             graph.proto_mut().node[index] = with_ints(node, "widths", &[rows]);
         }

@@ -282,7 +282,10 @@ impl Graph {
                 "Sigmoid" | "Transpose" | "Identity" | "Cast" | "Unsqueeze" => 1,
                 _ => 0,
             };
-            if node.input.len() < least || node.output.first().is_none_or(String::is_empty) {
+            let required = node.input.get(..least);
+            if required.is_none_or(|names| names.iter().any(String::is_empty))
+                || node.output.first().is_none_or(String::is_empty)
+            {
                 return Err(wrong("without all its inputs or its output"));
             }
             if let Some(name) = node

@@ -21,7 +21,7 @@ use tract_onnx::prelude::TractError;
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Threads for arithmetic, the caller's included; never more than the process has cores. `None`: as many as suit
-    /// the model here, measured at the first start (seconds) and remembered in `state_dir`.
+    /// the model here, measured at the start (seconds) and remembered in `state_dir` unless other work disturbed it.
     pub threads: Option<usize>,
     /// A kernel by name; the best of this CPU otherwise (or `MILLWRIGHT_KERNEL`).
     pub kernel: Option<String>,
@@ -96,7 +96,8 @@ pub struct Card {
     pub digest: String,
     /// Tokens that prompt and answer may take together.
     pub context_length: usize,
-    /// Whether the same task gives the same tokens on every supported CPU, in any batch (ARITHMETIC.md).
+    /// Whether the same task gives the same tokens on every supported CPU, in any batch (ARITHMETIC.md), from every
+    /// engine with the same [`Options::kv_precision`].
     pub exact: bool,
     /// `flat` or `plain`.
     pub plan: &'static str,
@@ -183,7 +184,7 @@ impl Model {
             &options.state_dir,
         )?;
         let weights = Arc::new(weights);
-        let (packed_bytes, bytes_per_token) = (weights.bytes(), weights.bytes_per_token());
+        let (packed_bytes, bytes_per_token) = (weights.bytes(), weights.bytes_per_token(&recipe));
         let cores = Cores::here();
         let threads = match options.threads {
             None => cores.threads_fast(),
@@ -240,7 +241,8 @@ impl Model {
                 cores: cores.name(),
                 prefill_chunk: options.prefill_chunk,
             };
-            tuning::threads(key, &cores, &options.state_dir, &mut *forward).map_err(plan)?
+            let folder = &options.state_dir;
+            tuning::threads(key, &cores, folder, context_length, &mut *forward).map_err(plan)?
         };
         let card = Card {
             name: bundle.manifest.name.clone(),

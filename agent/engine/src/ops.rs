@@ -70,6 +70,9 @@ impl<T: Ours> Expansion for Lifted<T> {
     ) -> InferenceResult {
         for input in inputs {
             solver.equals(&input.rank, self.0.input_rank())?;
+            if self.0.input_rank() == 3 {
+                solver.equals(&input.datum_type, f32::datum_type())?;
+            }
         }
         for (output, width) in outputs.iter().zip(self.0.widths()) {
             solver.equals(&output.datum_type, f32::datum_type())?;
@@ -225,6 +228,13 @@ impl EvalOp for Project {
             .shape()
             .last()
             .context("a scalar where activations belong")?;
+        for &weight in &self.weights {
+            let cols = turn.weights.weight(weight).shape().cols();
+            ensure!(
+                width == cols,
+                "activations of {width} for a weight of {cols} columns"
+            );
+        }
         let mut x = input(0)?;
         if self.head {
             sampled.clear();

@@ -187,10 +187,14 @@ impl Weights {
         self.header.bytes
     }
 
-    /// Bytes of all packed weights that one token's forward pass reads: each weight once, the embedding's
-    /// other use being a single row of it.
-    pub(crate) fn bytes_per_token(&self) -> usize {
-        let weights = self.header.weights.iter().filter_map(Entry::packed);
+    /// Bytes of the packed weights that one token's forward pass reads: those of its linears, each once. The
+    /// embedding's single row is not counted.
+    pub(crate) fn bytes_per_token(&self, recipe: &Recipe) -> usize {
+        let linears = recipe
+            .linears
+            .iter()
+            .map(|&index| &self.header.weights[index]);
+        let weights = linears.filter_map(Entry::packed);
         weights.map(|(shape, kind)| shape.bytes(kind)).sum()
     }
 }

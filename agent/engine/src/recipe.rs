@@ -1,6 +1,8 @@
 //! What the engine needs of a model beside its graph: which weights to pack, which small tables to keep, and the
 //! sizes of its attention. Lowering fills it, packing follows it.
 
+use std::collections::HashSet;
+
 /// A weight to be packed: `[rows, cols]`, one output per row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct WeightSource {
@@ -72,6 +74,8 @@ pub(crate) struct Geometry {
 #[derive(Debug, Default)]
 pub(crate) struct Recipe {
     pub(crate) weights: Vec<WeightSource>,
+    /// Which of them linears read, in full for each token; of the others an embedding reads single rows.
+    pub(crate) linears: HashSet<usize>,
     /// Names of f32 initializers: norm gains, cosines and sines.
     pub(crate) tables: Vec<String>,
     /// Set when every attention block was recognised.

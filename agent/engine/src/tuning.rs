@@ -1,10 +1,12 @@
-//! How many threads suit a model on this machine: measured once with the model itself, then remembered beside its
+//! How many threads suit a model on this machine: measured with the model itself, then remembered beside its
 //! packed weights. More is not always faster: two threads can exhaust a board's memory and four get in each other's way.
 
+use crate::bundle::hex;
 use crate::cores::{Calm, Cores};
 use crate::forward::Forward;
 use crate::turn::{Batch, Row};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
@@ -51,11 +53,25 @@ struct Remembered {
     threads: Threads,
 }
 
-/// The counts for this model: those remembered in `folder`, else measured now.
+impl Key {
+    /// Names the file after all that decides, so that other options have one of their own.
+    fn file(&self) -> String {
+        let inside = serde_json::to_vec(self).unwrap_or_default();
+        let digest = hex(&Sha256::digest(&inside)[..4]);
+        let model = self.model.get(..16).unwrap_or("model");
+        format!(
+            "{model}-{}-{}-{digest}.threads.json",
+            self.kernel, self.plan
+        )
+    }
+}
+
+/// The counts for this model, of which `positions` may be used: those remembered in `folder`, else measured now.
 pub(crate) fn threads(
     key: Key,
     cores: &Cores,
     folder: &Path,
+    positions: usize,
     forward: &mut dyn Forward,
 ) -> TractResult<Threads> {
     let most = cores.threads_fast();
@@ -65,17 +81,30 @@ pub(crate) fn threads(
             prefill: 1,
         });
     }
-    let stem = key.model.get(..16).unwrap_or("model");
-    let path = folder.join(format!("{stem}-{}-{}.threads.json", key.kernel, key.plan));
+    let prefill_chunk = key.prefill_chunk;
+    settled(key, most, folder, || {
+        tracing::info!("measuring how many of {most} threads suit this model");
+        let calm = Calm::begin();
+        let threads = measure(most, prefill_chunk, positions, forward)?;
+        Ok((threads, calm.held()))
+    })
+}
+
+/// What `folder` remembers, else what `measure` gives; that is remembered if it also says that nothing disturbed it.
+fn settled(
+    key: Key,
+    most: usize,
+    folder: &Path,
+    measure: impl FnOnce() -> TractResult<(Threads, bool)>,
+) -> TractResult<Threads> {
+    let path = folder.join(key.file());
     match recall(&path, &key, most) {
         Ok(Some(threads)) => return Ok(threads),
         Ok(None) => {}
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
-    tracing::info!("measuring how many of {most} threads suit this model, once");
-    let calm = Calm::begin();
-    let threads = measure(most, key.prefill_chunk, forward)?;
-    if !calm.held() {
+    let (threads, calm) = measure()?;
+    if !calm {
         tracing::warn!("other work took the cores meanwhile, so the next start measures again");
         return Ok(threads);
     }
@@ -128,8 +157,13 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written
 }
 
-fn measure(most: usize, prefill_chunk: usize, forward: &mut dyn Forward) -> TractResult<Threads> {
-    let positions = forward.kv_tokens().1.min(2 * prefill_chunk.max(PIECE_MIN));
+fn measure(
+    most: usize,
+    prefill_chunk: usize,
+    positions: usize,
+    forward: &mut dyn Forward,
+) -> TractResult<Threads> {
+    let positions = positions.min(2 * prefill_chunk.max(PIECE_MIN));
     if !forward.reserve(0, positions) {
         // Nothing runs yet, so this doesn't happen; all of them is what there was before tuning.
         return Ok(Threads {
@@ -323,6 +357,39 @@ mod tests {
             cores: "0,1".into(),
             prefill_chunk: 128,
         }
+    }
+
+    #[test]
+    fn what_was_measured_in_peace_is_remembered_for_its_options() {
+        let folder = TempDir::new().unwrap();
+        let of = |n| Threads {
+            decode: n,
+            prefill: n,
+        };
+        let settle = |key, measured, calm| {
+            let mut asked = false;
+            let threads = settled(key, 4, folder.path(), || {
+                asked = true;
+                Ok((of(measured), calm))
+            });
+            (threads.unwrap(), asked)
+        };
+        assert_eq!(settle(key(), 1, false), (of(1), true));
+        assert_eq!(settle(key(), 2, true), (of(2), true));
+        assert_eq!(settle(key(), 3, true), (of(2), false));
+        // An agent and a command line with other options don't take each other's files.
+        let other = || Key {
+            prefill_chunk: 64,
+            ..key()
+        };
+        assert_eq!(settle(other(), 4, true), (of(4), true));
+        assert_eq!(settle(key(), 3, true), (of(2), false));
+        assert_eq!(settle(other(), 3, true), (of(4), false));
+        // A file that is not ours is replaced.
+        fs::write(folder.path().join(key().file()), b"{}").unwrap();
+        assert_eq!(settle(key(), 3, true), (of(3), true));
+        assert_eq!(settle(key(), 1, true), (of(3), false));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 
     #[test]

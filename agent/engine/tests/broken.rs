@@ -1,13 +1,17 @@
 //! Bundles and packed files that are missing, cut or altered: each has its own sentence, and what can be made anew is.
 
-use millwright_engine::bundle::{FileEntry, MANIFEST, Manifest};
+use millwright_engine::bundle::{FileEntry, GRAPH, MANIFEST, Manifest};
 use millwright_engine::{
     Engine, OpenError, Options, Prompt, Request, RequestError, sampler::Sampling,
 };
 use millwright_forge::{Precision, tiny};
+use prost::Message;
 use std::fs;
 use std::path::PathBuf;
 use tempfile::TempDir;
+use tract_onnx::pb::attribute_proto::AttributeType;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{AttributeProto, GraphProto, ModelProto, NodeProto};
 
 /// Something done to a file's bytes.
 type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
@@ -56,6 +60,16 @@ impl Tiny {
             .map(|name| FileEntry::of(&self.path(name)).unwrap())
             .collect();
         fs::write(self.path(MANIFEST), manifest.to_text().unwrap()).unwrap();
+    }
+
+    /// Changes the graph and makes the manifest agree again.
+    fn edit(&self, change: impl FnOnce(&mut GraphProto)) {
+        self.change(GRAPH, |bytes| {
+            let mut model = ModelProto::decode(&**bytes).unwrap();
+            change(model.graph.as_mut().unwrap());
+            *bytes = model.encode_to_vec();
+        });
+        self.restate();
     }
 
     fn packed(&self) -> PathBuf {
@@ -277,45 +291,93 @@ fn requests_beyond_the_context_or_the_vocabulary_are_refused() {
     says(&unknown.to_string(), &["99999"]);
 }
 
-/// Where there is but one core, or other work takes the cores, nothing is remembered.
 #[test]
-fn tuned_threads_are_remembered_and_measured_anew_when_the_file_is_not_ours() {
+fn tuning_keeps_to_the_rotary_tables_and_the_cores() {
     let tiny = Tiny::new();
-    let threads = || {
-        let options = Options {
-            threads: None,
-            state_dir: tiny.path("state"),
-            ..Options::default()
-        };
-        let engine = Engine::open(tiny.folder.path(), &options).unwrap();
-        engine.card().threads
+    // Two chunks are more positions than the tables have.
+    let options = Options {
+        threads: None,
+        prefill_chunk: 256,
+        state_dir: tiny.path("state"),
+        ..Options::default()
     };
-    let measured = threads();
+    let engine = Engine::open(tiny.folder.path(), &options).unwrap();
+    assert!(engine.card().context_length < 2 * options.prefill_chunk);
+    let threads = engine.card().threads;
     let most = std::thread::available_parallelism().unwrap().get();
-    assert!((1..=most).contains(&measured.decode) && (1..=most).contains(&measured.prefill));
-    let files = || {
-        fs::read_dir(tiny.path("state"))
-            .unwrap()
-            .map(Result::unwrap)
+    assert!((1..=most).contains(&threads.decode) && (1..=most).contains(&threads.prefill));
+}
+
+fn node<'a>(graph: &'a mut GraphProto, output: &str) -> &'a mut NodeProto {
+    let mut nodes = graph.node.iter_mut();
+    nodes.find(|node| node.output[0] == output).unwrap()
+}
+
+#[test]
+fn an_input_without_a_name_is_refused() {
+    let tiny = Tiny::new();
+    tiny.edit(|graph| node(graph, "layers.0.gate_proj.out").input[0].clear());
+    says(&tiny.refusal(), &["gate_proj", "without all its inputs"]);
+}
+
+#[test]
+fn activations_that_are_not_f32_are_refused() {
+    let tiny = Tiny::new();
+    tiny.edit(|graph| {
+        let out = "layers.0.down_proj.out";
+        let at = graph.node.iter().position(|n| n.output[0] == out).unwrap();
+        let x = std::mem::replace(&mut graph.node[at].input[0], "half".into());
+        let to = AttributeProto {
+            name: "to".into(),
+            r#type: AttributeType::Int as i32,
+            i: DataType::Float16 as i64,
+            ..AttributeProto::default()
+        };
+        let cast = NodeProto {
+            op_type: "Cast".into(),
+            input: vec![x],
+            output: vec!["half".into()],
+            attribute: vec![to],
+            ..NodeProto::default()
+        };
+        graph.node.insert(at, cast);
+    });
+    says(&tiny.refusal(), &["tract can't run the graph", "F16"]);
+}
+
+#[test]
+fn activations_of_another_width_than_the_weights_fail_in_a_sentence() {
+    let tiny = Tiny::new();
+    tiny.edit(|graph| {
+        let x = node(graph, "layers.0.gate_proj.out").input[0].clone();
+        node(graph, "layers.0.down_proj.out").input[0] = x;
+    });
+    let said = match tiny.open() {
+        Err(refusal) => refusal.to_string(),
+        Ok(mut engine) => {
+            let error = engine.score(&[1, 2, 3], &mut |_, _| {}).unwrap_err();
+            error.to_string()
+        }
     };
-    let is_ours = |path: &PathBuf| path.to_str().unwrap().ends_with(".threads.json");
-    let Some(path) = files().map(|entry| entry.path()).find(is_ours) else {
-        // Nothing to measure, or too busy to believe it.
-        return;
-    };
-    // Both ways round: at least one of them is not what was measured.
-    for (decode, prefill) in [(1, 2), (2, 1)] {
-        let mut file: serde_json::Value =
-            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        file["threads"] = serde_json::json!({"decode": decode, "prefill": prefill});
-        fs::write(&path, file.to_string()).unwrap();
-        let read = threads();
-        assert_eq!((read.decode, read.prefill), (decode, prefill));
-    }
-    let ours = fs::read(&path).unwrap();
-    for bad in [&b"{}"[..], b"\xff", &ours[..ours.len() / 2]] {
-        fs::write(&path, bad).unwrap();
-        let again = threads();
-        assert!((1..=most).contains(&again.decode));
-    }
+    says(&said, &["activations of 64 for a weight of 128 columns"]);
+}
+
+#[test]
+fn an_embedding_beside_the_head_is_not_what_a_token_reads() {
+    let tiny = Tiny::new();
+    let tied = tiny.open().unwrap().usage();
+    tiny.edit(|graph| {
+        let mut copies = Vec::new();
+        for node in graph.node.iter_mut().filter(|n| n.op_type == "Gather") {
+            let mut tables = graph.initializer.iter();
+            let mut copy = tables.find(|t| t.name == node.input[0]).unwrap().clone();
+            copy.name += ".copy";
+            node.input[0].clone_from(&copy.name);
+            copies.push(copy);
+        }
+        graph.initializer.extend(copies);
+    });
+    let untied = tiny.open().unwrap().usage();
+    assert!(untied.packed_bytes > tied.packed_bytes);
+    assert_eq!(untied.bytes_per_token, tied.bytes_per_token);
 }

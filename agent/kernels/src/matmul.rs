@@ -2,7 +2,7 @@
 //! Knows every kind, and no CPU.
 
 use crate::packed::{BLOCK, Bits, Packed, Scales, TILE_ROWS};
-use crate::pool::Shareable;
+use crate::pool::{Pool, Shareable};
 use crate::quantised::{GROUP, GroupView, Quantised};
 use crate::simd::{self, Activations, Simd, Weights};
 use std::ops::Range;
@@ -132,30 +132,36 @@ pub(crate) fn tiles<S: Simd>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised
 fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let mut tile = tiles.start;
     while tile < tiles.end {
-        if S::PAIRS && a.m() >= 4 && tile + 2 <= tiles.end {
-            tokens::<S, F, 2>(s, w, tile, a, out);
+        // A few tokens wait for memory, which two streams at once slow down.
+        if S::PAIRS && a.m() > GROUP && tile + 2 <= tiles.end {
+            tokens::<S, F, 2>(s, w, tile, tiles.end, a, out);
             tile += 2;
         } else {
-            tokens::<S, F, 1>(s, w, tile, a, out);
+            tokens::<S, F, 1>(s, w, tile, tiles.end, a, out);
             tile += 1;
         }
     }
 }
 
-/// All tokens for `R` tiles.
+/// All tokens for `R` tiles, of which the ones up to `end` follow.
 #[inline(always)]
 fn tokens<S: Simd, F: Form, const R: usize>(
     s: S,
     w: Packed,
     tile: usize,
+    end: usize,
     a: &Quantised,
     out: &Output,
 ) {
+    let next = w.tiles(tile + R..end.min(tile + 2 * R));
+    let groups = a.m().div_ceil(GROUP);
     let mut weights: [&[u8]; R] = [&[]; R];
     for index in 0..R {
         weights[index] = w.tile(tile + index);
     }
-    for group in 0..a.m().div_ceil(GROUP) {
+    for group in 0..groups {
+        // The first group of tokens would otherwise wait for all of it.
+        s.prefetch(&next[Pool::split(next.len(), group, groups)]);
         let (view, base) = (a.group(group), group * GROUP);
         let tokens = GROUP.min(a.m() - base);
         let mut first = 0;

@@ -13,6 +13,7 @@
 
 pub use crate::kind::{Bits, Group, Kind, Scales};
 use crate::math::{f16_to_f32, f32_to_f16};
+use std::ops::Range;
 
 /// Columns of a block; a column count is a multiple of it.
 pub const BLOCK: usize = 32;
@@ -124,8 +125,13 @@ impl<'a> Packed<'a> {
 
     /// The bytes of one tile.
     pub(crate) fn tile(&self, tile: usize) -> &'a [u8] {
+        self.tiles(tile..tile + 1)
+    }
+
+    /// The bytes of several; none if the range ends before it starts.
+    pub(crate) fn tiles(&self, tiles: Range<usize>) -> &'a [u8] {
         let bytes = self.shape.tile_bytes(self.kind);
-        &self.bytes[tile * bytes..][..bytes]
+        &self.bytes[tiles.start * bytes..tiles.end.max(tiles.start) * bytes]
     }
 
     /// One block of one tile, to be read number by number.

@@ -36,6 +36,10 @@ pub(crate) trait Simd: Copy {
     /// Whether [`accumulate`](Self::accumulate) is there, for CPUs on which Rust can't keep vectors in registers.
     const ACCUMULATES: bool = false;
 
+    /// Asks for memory that will be read soon, where the CPU has to be told.
+    #[inline(always)]
+    fn prefetch(self, _bytes: &[u8]) {}
+
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, x: Self::F, out: &mut [f32; 16]);

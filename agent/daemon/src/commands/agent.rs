@@ -9,7 +9,9 @@ use millwright_engine::{
     Completion, Engine, Event, Options, Prepared, Preparer, Request, RequestError, Slot, bandwidth,
 };
 use std::path::PathBuf;
+use std::thread;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,11 +34,31 @@ pub(super) async fn run(args: Args) -> Result<()> {
         }
     };
     let settings = config.model.clone();
-    let mind = tokio::task::spawn_blocking(move || open(&settings))
-        .await
-        .context("the model's loading broke off")??;
+    tokio::pin!(shutdown);
+    let Some(mind) = unless(shutdown.as_mut(), move || open(&settings)).await? else {
+        tracing::info!("shut down while the model was loading");
+        return Ok(());
+    };
     tracing::info!(model = mind.model.name, digest = mind.model.digest, base = %config.base, "ready");
     app::run(config, mind, shutdown).await
+}
+
+/// What `load` returns, or `None` once `shutdown` resolves. Packing can take minutes; a thread of its own, unlike the
+/// runtime's, keeps no one waiting: it ends with the process, and the next start packs anew.
+async fn unless<T: Send + 'static>(
+    shutdown: impl Future<Output = ()>,
+    load: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Option<T>> {
+    let (send, loaded) = oneshot::channel();
+    thread::Builder::new()
+        .name("load".into())
+        .spawn(move || drop(send.send(load())))
+        .context("a thread to load the model can't be started")?;
+    tokio::select! {
+        biased;
+        () = shutdown => Ok(None),
+        loaded = loaded => loaded.context("the model's loading broke off")?.map(Some),
+    }
 }
 
 /// The engine, opened and described.
@@ -52,10 +74,11 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         prefill_chunk: settings.prefill_chunk.unwrap_or(defaults.prefill_chunk),
         plan: defaults.plan,
     };
+    // Before the model takes its memory and any task runs: it takes the memory's whole bandwidth for a second, at each
+    // start until one that nothing disturbed.
+    let bandwidth = bandwidth::remembered(&settings.state_dir);
     let engine = Engine::open(&settings.bundle, &options)
         .with_context(|| format!("the model in {} can't be used", settings.bundle.display()))?;
-    // Before any task runs: it takes the memory's whole bandwidth for a second, at the first start only.
-    let bandwidth = bandwidth::remembered(&settings.state_dir);
     let card = engine.card();
     let model = Model {
         name: card.name.clone(),
@@ -68,7 +91,7 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         kernel: card.kernel.clone(),
         decode_threads: card.threads.decode,
         prefill_threads: card.threads.prefill,
-        read_bytes_per_s: Some(bandwidth as u64),
+        read_bytes_per_s: bandwidth.map(|rate| rate as u64),
         plan: card.plan.to_string(),
         notes: card.notes.clone(),
     };
@@ -118,5 +141,25 @@ impl Brain for Engine {
             kv_tokens_max: usage.kv_tokens_max,
             reads: self.reads(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::{pending, ready};
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn a_signal_during_the_load_is_obeyed_at_once() {
+        let (finish, wait) = mpsc::channel::<()>();
+        let slow = move || Ok(wait.recv().is_ok());
+        assert_eq!(unless(ready(()), slow).await.unwrap(), None);
+        drop(finish);
+        assert_eq!(unless(pending(), || Ok(3)).await.unwrap(), Some(3));
+        let failed = unless(pending(), || Err::<(), _>(anyhow::anyhow!("no model"))).await;
+        assert_eq!(failed.unwrap_err().to_string(), "no model");
+        let broken = unless(pending(), || -> Result<()> { panic!("a defect") }).await;
+        assert!(broken.unwrap_err().to_string().contains("broke off"));
     }
 }

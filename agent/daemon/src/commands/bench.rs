@@ -5,7 +5,7 @@ mod profile;
 mod runs;
 
 use super::model::{ModelArgs, resident_bytes};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use gaps::Gaps;
 use millwright_engine::{Threads, bandwidth};
 use profile::Profile;
@@ -59,7 +59,7 @@ struct Report {
     read_bandwidth_gb_s: f64,
     /// Of packed weights, without the cache.
     bytes_per_token: usize,
-    /// What the agent would use here: measured at the first start and remembered.
+    /// What the agent would use here, measured unless it is remembered.
     tuned: Threads,
     runs: Vec<Run>,
     contexts: Vec<Context>,
@@ -101,6 +101,11 @@ fn most(values: &[usize]) -> usize {
     values.iter().copied().max().unwrap_or(1)
 }
 
+fn bandwidth(threads: usize) -> Result<f64> {
+    let rate = bandwidth::read_bytes_per_second(threads);
+    rate.ok_or_else(|| anyhow!("measuring memory needs 128 MiB of it free; stop other programs"))
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
     args.check()?;
     let slots = most(&args.batch).max(if args.gaps { gaps::SLOTS } else { 1 });
@@ -116,7 +121,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         load_ms,
         resident_bytes: None,
         tokenizer_bytes: usage.tokenizer_bytes,
-        read_bandwidth_gb_s: bandwidth::read_bytes_per_second(most(&args.threads)) / 1e9,
+        read_bandwidth_gb_s: bandwidth(most(&args.threads))? / 1e9,
         bytes_per_token: usage.bytes_per_token,
         tuned,
         runs: Vec::new(),
@@ -125,8 +130,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         profiles: Vec::new(),
     };
     for &threads in &args.threads {
+        let bandwidth = bandwidth(threads)?;
         let mut engine = open(Some(threads))?;
-        let bandwidth = bandwidth::read_bytes_per_second(threads);
         report
             .runs
             .extend(runs::runs(&mut engine, args, bandwidth)?);

@@ -24,7 +24,7 @@ pub struct Args {
     /// Stop after this many tokens; 0 takes the whole text
     #[arg(long, default_value_t = 0)]
     max_tokens: usize,
-    /// Threads for arithmetic [default: as many as suit the model, measured at its first start]
+    /// Threads for arithmetic [default: as many as suit the model, measured once and remembered]
     #[arg(long)]
     threads: Option<usize>,
     /// Print one JSON object

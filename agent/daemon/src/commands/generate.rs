@@ -22,7 +22,7 @@ pub struct Args {
     /// Tokens to make at most
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
-    /// Threads for arithmetic [default: as many as suit the model, measured at its first start]
+    /// Threads for arithmetic [default: as many as suit the model, measured once and remembered]
     #[arg(long)]
     threads: Option<usize>,
     /// 0 takes the likeliest token each time
