@@ -108,11 +108,19 @@ fn an_8_bit_cache_is_exact_and_near() {
     };
     let expected = narrow(1, 64);
     assert!(expected == narrow(3, 7));
-    let mut farthest = 0.0f32;
-    for (wide, narrow) in wide.concat().into_iter().zip(expected.concat()) {
-        farthest = farthest.max((f32::from_bits(wide) - f32::from_bits(narrow)).abs());
-    }
-    assert!(farthest > 0.0 && farthest < 0.05, "{farthest}");
+    // Root mean squares: of the difference, and of the logits themselves.
+    let rms = |numbers: &mut dyn Iterator<Item = f32>| {
+        let (count, sum) = numbers.fold((0, 0.0), |(n, sum), x| (n + 1, sum + x * x));
+        (sum / count as f32).sqrt()
+    };
+    let (wide, expected) = (wide.concat(), expected.concat());
+    let pairs = wide.iter().zip(&expected);
+    let difference = rms(&mut pairs.map(|(a, b)| f32::from_bits(*a) - f32::from_bits(*b)));
+    let size = rms(&mut wide.iter().map(|a| f32::from_bits(*a)));
+    assert!(
+        difference > 0.0 && difference < 0.05 * size,
+        "{difference} of {size}"
+    );
 }
 
 fn request(index: usize) -> Request {

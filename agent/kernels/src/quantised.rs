@@ -97,6 +97,7 @@ impl Quantised {
         )
     }
 
+    #[inline(always)]
     pub(crate) fn group(&self, group: usize) -> GroupView<'_> {
         let blocks = self.k / BLOCK;
         let range = group * blocks..(group + 1) * blocks;
