@@ -157,11 +157,12 @@ impl Pool {
     }
 
     /// Starts the next job on the first `workers`. A worker marks itself asleep before it looks for a job for the
-    /// last time, so either it sees this one or it is woken here.
+    /// last time, so either it sees this one or it is woken here. Both mark by a swap, not by a store: qemu 7.2 lets
+    /// a load overtake a SeqCst store of aarch64, and neither would see the other.
     fn announce(&self, workers: usize) {
         let shared = &*self.shared;
         let job = Job(shared.job.load(SeqCst)).next(workers);
-        shared.job.store(job.0, SeqCst);
+        shared.job.swap(job.0, SeqCst);
         for (asleep, thread) in shared.asleep[1..workers].iter().zip(&self.threads) {
             if asleep.load(SeqCst) {
                 thread.thread().unpark();
@@ -246,7 +247,7 @@ impl Shared {
         if let Some(job) = spin_for(due) {
             return job;
         }
-        self.asleep[worker].store(true, SeqCst);
+        self.asleep[worker].swap(true, SeqCst);
         let job = loop {
             match due() {
                 Some(job) => break job,
