@@ -31,6 +31,8 @@ pub struct Client {
     mqtt: Mqtt,
     sender: String,
     incoming: Receiver<Message>,
+    /// One for each SUBACK.
+    subscribed: Receiver<()>,
     /// Received, but not yet asked for.
     kept: VecDeque<Message>,
 }
@@ -62,7 +64,7 @@ impl Client {
         options.set_keep_alive(Duration::from_secs(5));
         let (mqtt, mut connection) = Mqtt::new(options, 256);
         let (collected, incoming) = channel();
-        let (subscribed, ready) = channel();
+        let (confirmed, subscribed) = channel();
         let filters = [
             format!("{BASE}/result/{sender}/#"),
             format!("{BASE}/state"),
@@ -80,7 +82,7 @@ impl Client {
                         }
                     }
                     Ok(Event::Incoming(Packet::SubAck(_))) => {
-                        let _ = subscribed.send(());
+                        let _ = confirmed.send(());
                     }
                     Ok(Event::Incoming(Packet::Publish(publish))) => {
                         if collected.send(Message::from(publish)).is_err() {
@@ -93,20 +95,28 @@ impl Client {
             }
         });
         for _ in 0..3 {
-            ready.recv_timeout(SOON).expect("the client is subscribed");
+            subscribed
+                .recv_timeout(SOON)
+                .expect("the client is subscribed");
         }
         Self {
             mqtt,
             sender: sender.into(),
             incoming,
+            subscribed,
             kept: VecDeque::new(),
         }
     }
 
+    /// Subscribes, and waits until the broker has done it.
     pub fn subscribe(&self, filter: &str) {
+        self.subscribed.try_iter().for_each(drop);
         self.mqtt
             .subscribe(filter, QoS::AtLeastOnce)
             .expect("subscribing");
+        self.subscribed
+            .recv_timeout(SOON)
+            .expect("the broker confirms the subscription");
     }
 
     /// Publishes to `{BASE}/{tail}`.

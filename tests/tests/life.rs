@@ -137,6 +137,40 @@ fn what_does_not_fit_the_queue_is_refused_at_once_and_the_rest_is_answered() {
     }
 }
 
+/// mosquitto 2.0 may send a resumed session more than the receive maximum allows.
+#[test]
+fn all_that_waited_at_the_broker_is_answered_however_much_it_is() {
+    let broker = Broker::open();
+    let mut agent = Agent::start(&broker);
+    let mut mes = Client::connect(&broker, "mes");
+    mes.await_state("online");
+    agent.kill();
+    let mut witness = Client::connect(&broker, "witness");
+    witness.subscribe(&format!("{BASE}/task/mes"));
+    for n in 0..200 {
+        mes.generate(&format!("small-{n}"), 1);
+    }
+    // 12.5 MB, more than the agent takes in at once.
+    let prompt = "x ".repeat(125_000);
+    for n in 0..50 {
+        let id = format!("large-{n}");
+        mes.task(&json!({ "id": id, "kind": "generate", "prompt": prompt, "max_tokens": 1 }));
+    }
+    mes.generate("last", 1);
+    witness.next("the last task", |m| m.json()["id"] == "last");
+    agent.restart();
+    let small = (0..200).map(|n| (format!("small-{n}"), "done"));
+    let large = (0..50).map(|n| (format!("large-{n}"), "context_overflow"));
+    for (id, expected) in small.chain(large) {
+        let outcome = mes.outcome(&id);
+        let said = [&outcome["event"], &outcome["code"]];
+        assert!(
+            said.iter().any(|s| *s == "busy" || *s == expected),
+            "{outcome}"
+        );
+    }
+}
+
 #[test]
 fn a_terminated_agent_says_goodbye_and_ends_well() {
     let broker = Broker::open();

@@ -6,6 +6,7 @@
 //!   buffered events and its requests are dropped, and [`Signal::Offline`] tells the outbox to send again.
 //! - Acknowledgements carry the connection's generation: one that comes late would acknowledge another packet.
 
+mod inbox;
 mod link;
 mod poller;
 pub mod tls;
@@ -15,7 +16,7 @@ pub use poller::Poller;
 
 use anyhow::{Context, Result, ensure};
 use link::Shared;
-use millwright_task::limits::{INBOX_MESSAGES_MAX, INFLIGHT_MAX, PACKET_BYTES_MAX, REQUESTS_MAX};
+use millwright_task::limits::{INFLIGHT_MAX, PACKET_BYTES_MAX, RECEIVE_MAX, REQUESTS_MAX};
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
     ConnectProperties, LastWill, LastWillProperties, PubAckReason, Publish,
@@ -25,7 +26,7 @@ use rumqttc::{TlsConfiguration, Transport};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
 
 /// How to reach the broker.
 #[derive(Debug, Clone)]
@@ -111,6 +112,8 @@ pub struct Lost {
 pub struct Message {
     pub publish: Publish,
     pub generation: u64,
+    /// Its bytes' room in the inbox, until it is dropped.
+    _room: OwnedSemaphorePermit,
 }
 
 /// What comes from the connection.
@@ -129,8 +132,8 @@ pub fn open(settings: &Settings) -> (Link, Poller, Inbox) {
         Arc::new(Notify::new()),
     );
     let (signals_tx, signals) = mpsc::channel(64);
-    let (messages_tx, messages) = mpsc::channel(INBOX_MESSAGES_MAX * 2);
-    let poller = Poller::new(eventloop, link.clone(), settings, signals_tx, messages_tx);
+    let (intake, messages) = inbox::open();
+    let poller = Poller::new(eventloop, link.clone(), settings, signals_tx, intake);
     (link, poller, Inbox { signals, messages })
 }
 
@@ -139,7 +142,7 @@ fn options(settings: &Settings) -> MqttOptions {
     let expiry = settings.session_expiry.as_secs().min(u64::from(u32::MAX)) as u32;
     let mut properties = ConnectProperties::new();
     properties.session_expiry_interval = Some(expiry);
-    properties.receive_maximum = Some(INBOX_MESSAGES_MAX as u16);
+    properties.receive_maximum = Some(RECEIVE_MAX as u16);
     properties.max_packet_size = Some(PACKET_BYTES_MAX as u32);
     options
         .set_connect_properties(properties)

@@ -42,8 +42,13 @@ pub const RECALL_BYTES_MAX: usize = 12 * MIB;
 pub const RECALL_ENTRY_BYTES: usize = 640;
 /// Cancels remembered because they overtook their task.
 pub const CANCELS_MAX: usize = 1024;
-/// Messages received and not yet decided (the receive maximum told to the broker).
-pub const INBOX_MESSAGES_MAX: usize = 16;
+/// QoS 1 messages that the broker may have unacknowledged with us (the receive maximum).
+pub const RECEIVE_MAX: usize = 16;
+/// Messages received and not yet decided, and their bytes. Far more than the receive maximum: mosquitto 2.0.11 sends
+/// that many anew for each acknowledgement while its queue lasts (1000 messages unless configured), and all that was
+/// in flight at once when a session is resumed.
+pub const INBOX_MESSAGES_MAX: usize = 1024;
+pub const INBOX_BYTES_MAX: usize = 8 * MIB;
 /// Events not yet acknowledged by the broker.
 pub const OUTBOX_EVENTS_MAX: usize = 1024;
 pub const OUTBOX_BYTES_MAX: usize = 8 * MIB;
@@ -70,7 +75,8 @@ pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
     + RECALL_BYTES_MAX
     + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
     + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
-    + INBOX_MESSAGES_MAX * PACKET_BYTES_MAX
+    + INBOX_BYTES_MAX
+    + INBOX_MESSAGES_MAX * KIB
     + OUTBOX_BYTES_MAX
     + WORKER_EVENTS_MAX * KIB;
 
@@ -83,3 +89,4 @@ const _: () =
 const _: () = assert!(OUTBOX_RESERVE_BYTES * 2 < OUTBOX_BYTES_MAX);
 const _: () = assert!(OUTBOX_EVENTS_MAX > (QUEUE_TASKS_MAX + RUNNING_TASKS_MAX) * 3);
 const _: () = assert!(INFLIGHT_MAX < REQUESTS_MAX);
+const _: () = assert!(INBOX_MESSAGES_MAX > RECEIVE_MAX && INBOX_BYTES_MAX / 2 > PACKET_BYTES_MAX);

@@ -212,9 +212,10 @@ impl Link {
 
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to
     /// another message, and the broker sends it again anyway.
-    pub fn ack(&self, generation: u64, publish: Publish) {
+    pub fn ack(&self, generation: u64, mut publish: Publish) {
         let mut shared = self.lock();
         if shared.online && shared.generation == generation && publish.qos != QoS::AtMostOnce {
+            publish.payload.clear();
             shared.acks.push_back(publish);
             self.flush(&mut shared);
         }

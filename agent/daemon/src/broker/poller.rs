@@ -1,13 +1,13 @@
 //! The one task that drives the client library. It reports what happened, in order; it decides nothing.
 
+use super::inbox::Intake;
 use super::link::Link;
-use super::{Lost, Message, Settings, Signal};
+use super::{Lost, Settings, Signal};
 use crate::clock::random;
-use millwright_task::limits::{INBOX_MESSAGES_MAX, INFLIGHT_MAX};
+use millwright_task::limits::INFLIGHT_MAX;
 use rumqttc::Outgoing;
-use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
-    ConnAck, ConnectReturnCode, DisconnectReasonCode, Packet, PubAck, PubAckReason, Publish,
+    ConnAck, ConnectReturnCode, DisconnectReasonCode, Packet, PubAck, PubAckReason,
     SubscribeReasonCode,
 };
 use rumqttc::v5::{ConnectionError, Event, EventLoop, MqttState, StateError};
@@ -25,14 +25,12 @@ pub struct Poller {
     eventloop: EventLoop,
     link: Link,
     signals: mpsc::Sender<Signal>,
-    messages: mpsc::Sender<Message>,
+    intake: Intake,
     /// `host:port`, for sentences.
     place: String,
     user: Option<String>,
     backoff: Duration,
     since: Option<Instant>,
-    /// A message of QoS 1 found no room.
-    overflowed: bool,
 }
 
 impl Poller {
@@ -41,7 +39,7 @@ impl Poller {
         link: Link,
         settings: &Settings,
         signals: mpsc::Sender<Signal>,
-        messages: mpsc::Sender<Message>,
+        intake: Intake,
     ) -> Self {
         let place = format!("{}:{}", settings.host, settings.port);
         let user = settings.credentials.as_ref().map(|c| c.user.clone());
@@ -49,50 +47,39 @@ impl Poller {
             eventloop,
             link,
             signals,
-            messages,
+            intake,
             place,
             user,
             backoff: BACKOFF_FIRST,
             since: None,
-            overflowed: false,
         }
     }
 
     /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
     pub async fn run(mut self) {
         loop {
-            let polled = match self.eventloop.poll().await {
-                Ok(_) if self.overflowed => Err(ConnectionError::Io(std::io::Error::other(
-                    "more messages arrive at once than may be held",
-                ))),
-                other => other,
-            };
-            let signal = match polled {
-                Ok(Event::Incoming(packet)) => self.incoming(packet),
+            let (signal, lost) = match self.eventloop.poll().await {
+                Ok(Event::Incoming(packet)) => (self.incoming(packet), None),
                 Ok(Event::Outgoing(sent)) => {
                     self.outgoing(&sent);
-                    None
+                    (None, self.intake.is_behind().then(|| self.behind()))
                 }
-                Err(error) => {
-                    let lost = self.reset(&error);
-                    if self.link.lock().closing
-                        || self
-                            .signals
-                            .send(Signal::Offline { reason: lost })
-                            .await
-                            .is_err()
-                    {
-                        return;
-                    }
-                    tokio::time::sleep(self.pause()).await;
-                    continue;
-                }
+                Err(error) => (None, Some(self.explain(&error))),
             };
             self.link.flush_acks();
             if let Some(signal) = signal
                 && self.signals.send(signal).await.is_err()
             {
                 return;
+            }
+            if let Some(reason) = lost {
+                self.reset();
+                if self.link.lock().closing
+                    || self.signals.send(Signal::Offline { reason }).await.is_err()
+                {
+                    return;
+                }
+                tokio::time::sleep(self.pause()).await;
             }
         }
     }
@@ -101,7 +88,8 @@ impl Poller {
         match packet {
             Packet::ConnAck(connack) => Some(self.connected(&connack)),
             Packet::Publish(publish) => {
-                self.deliver(publish);
+                let generation = self.link.lock().generation;
+                self.intake.take(publish, generation);
                 None
             }
             Packet::PubAck(PubAck { pkid, reason, .. }) => {
@@ -135,28 +123,10 @@ impl Poller {
         Signal::Online
     }
 
-    fn deliver(&mut self, publish: Publish) {
-        let generation = self.link.lock().generation;
-        let unbounded = publish.qos == QoS::AtMostOnce;
-        // QoS 0 has no bound and may be dropped by right; it never takes the room of what the broker waits for.
-        let full = unbounded && self.messages.capacity() <= INBOX_MESSAGES_MAX;
-        if full
-            || self
-                .messages
-                .try_send(Message {
-                    publish,
-                    generation,
-                })
-                .is_err()
-        {
-            tracing::warn!("a message was dropped: more arrive at once than may be held");
-            // Unacknowledged, it would hold a place of the receive maximum for ever; a new connection brings it
-            // again.
-            self.overflowed |= !unbounded;
-        }
-    }
-
     fn outgoing(&mut self, sent: &Outgoing) {
+        if let Outgoing::PubAck(_) = *sent {
+            self.intake.acknowledged();
+        }
         if let Outgoing::Publish(pkid) = *sent {
             let mut shared = self.link.lock();
             shared.queued = shared.queued.saturating_sub(1);
@@ -171,7 +141,7 @@ impl Poller {
     }
 
     /// Drops all that the client holds of the connection that is gone.
-    fn reset(&mut self, error: &ConnectionError) -> Lost {
+    fn reset(&mut self) {
         let mut shared = self.link.lock();
         shared.reset();
         // Under the lock, so that nothing is handed over between the two.
@@ -180,8 +150,8 @@ impl Poller {
         // Anew: its packet ids may lie beyond what the next connection allows (rumqttc 0.25.1 wraps them only at
         // the exact maximum), and a collision left over would stop it for good.
         self.eventloop.state = MqttState::new(INFLIGHT_MAX as u16, true);
-        self.overflowed = false;
         drop(shared);
+        self.intake.reset();
         if self
             .since
             .take()
@@ -189,7 +159,18 @@ impl Poller {
         {
             self.backoff = BACKOFF_FIRST;
         }
-        self.explain(error)
+    }
+
+    /// What was taken in is decided; only a new connection brings what wasn't.
+    fn behind(&mut self) -> Lost {
+        self.backoff = BACKOFF_FIRST;
+        Lost {
+            reason: format!(
+                "{} sent more at once than may be held: connecting anew for the rest",
+                self.place
+            ),
+            needs_help: false,
+        }
     }
 
     /// The time to wait now: twice as long each time, and never the same for a hundred gateways at once.
