@@ -59,12 +59,7 @@ pub(crate) trait Products: Copy {
     const TOKENS: usize;
 
     unsafe fn start<const T: usize>() -> [Self::Sums; T];
-    unsafe fn dot<const T: usize>(
-        sums: [Self::Sums; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [Self::Sums; T];
-    unsafe fn dot_nibbles<const T: usize, const HIGH: bool>(
+    unsafe fn dot<const T: usize, const PART: u8>(
         sums: [Self::Sums; T],
         w: &Weights,
         a: [&Activations; T],
@@ -192,29 +187,35 @@ impl<P: Products> Simd for Neon<P> {
     }
 
     #[inline(always)]
+    fn sum(self, x: F) -> f32 {
+        op! {
+            let x = vaddq_f32(vaddq_f32(x[0], x[2]), vaddq_f32(x[1], x[3]));
+            vaddv_f32(vadd_f32(vget_low_f32(x), vget_high_f32(x)))
+        }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, x: F) -> f32 {
+        op!(vmaxvq_f32(vmaxq_f32(
+            vmaxq_f32(x[0], x[2]),
+            vmaxq_f32(x[1], x[3])
+        )))
+    }
+
+    #[inline(always)]
     fn start<const T: usize>(self, _: [i32; T]) -> [P::Sums; T] {
         // Weights are signed, so sums start at zero.
         op!(P::start())
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(
+    fn dot<const T: usize, const PART: u8>(
         self,
         sums: [P::Sums; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [P::Sums; T] {
-        op!(P::dot(sums, w, a))
-    }
-
-    #[inline(always)]
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
-        self,
-        sums: [P::Sums; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [P::Sums; T] {
-        op!(P::dot_nibbles::<T, HIGH>(sums, w, a))
+        op!(P::dot::<T, PART>(sums, w, a))
     }
 
     #[inline(always)]

@@ -247,23 +247,13 @@ impl Simd for Armv7 {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(
+    fn dot<const T: usize, const PART: u8>(
         self,
         sums: [[i32; 16]; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [[i32; 16]; T] {
-        Scalar.dot(sums, w, a)
-    }
-
-    #[inline(always)]
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
-        self,
-        sums: [[i32; 16]; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [[i32; 16]; T] {
-        Scalar.dot_nibbles::<T, HIGH>(sums, w, a)
+        Scalar.dot::<T, PART>(sums, w, a)
     }
 
     #[inline(always)]

@@ -4,7 +4,6 @@
 //! Keys lie transposed, so that lanes are keys and a score needs no sum over lanes; up to four queries share
 //! each vector that is loaded, mostly the query heads of one KV head.
 
-use crate::generic::max_lane;
 use crate::simd::{self, Elements, Simd};
 use std::ops::Range;
 
@@ -279,7 +278,7 @@ fn soften<S: Simd>(
     for p in p.as_chunks::<16>().0 {
         top = s.max(s.load(p), top);
     }
-    let tile = max_lane(s, top);
+    let tile = s.max_lane(top);
     let top = if running.top > tile {
         running.top
     } else {

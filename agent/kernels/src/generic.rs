@@ -78,7 +78,7 @@ pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, sink: &mut impl S
     for block in 0..blocks {
         let low = s.nan_to_zero(element(s, row, factor, block * 32));
         let high = s.nan_to_zero(element(s, row, factor, block * 32 + 16));
-        let amax = max_lane(s, s.max(s.abs(low), s.abs(high)));
+        let amax = s.max_lane(s.max(s.abs(low), s.abs(high)));
         let q = sink.bytes(block);
         if amax >= AMAX_MIN && amax.is_finite() {
             let inverse = s.splat(127.0 / amax);
@@ -96,19 +96,6 @@ pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, sink: &mut impl S
             sink.finish(block, 0.0, [0; 2]);
         }
     }
-}
-
-#[inline(always)]
-pub(crate) fn max_lane<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut lanes = [0.0; 16];
-    s.store(x, &mut lanes);
-    for step in [8, 4, 2, 1] {
-        for lane in 0..step {
-            let (a, b) = (lanes[lane], lanes[lane + step]);
-            lanes[lane] = if a > b { a } else { b };
-        }
-    }
-    lanes[0]
 }
 
 #[inline(always)]
@@ -190,7 +177,7 @@ pub(crate) fn to_i8<S: Simd>(s: S, x: &[f32], out: &mut [i8]) -> f32 {
     for x in x.chunks(16) {
         top = s.max(s.abs(s.nan_to_zero(s.load_part(x))), top);
     }
-    let amax = max_lane(s, top);
+    let amax = s.max_lane(top);
     if !(amax >= AMAX_MIN && amax.is_finite()) {
         out.fill(0);
         return 0.0;

@@ -42,26 +42,21 @@ impl<'a> Output<'a> {
         }
     }
 
+    /// Takes the sums of one tile for one token.
     #[inline(always)]
-    pub(crate) fn put(&self, token: usize, tile: usize, mut sums: [f32; TILE_ROWS]) {
+    pub(crate) fn put<S: Simd>(&self, s: S, token: usize, tile: usize, sums: S::F) {
         let row = tile * TILE_ROWS;
         assert!(token < self.m && row < self.rows);
         let count = TILE_ROWS.min(self.rows - row);
-        if let Some(residual) = self.residual {
-            let residual = &residual[token * self.rows + row..][..count];
-            for (sum, residual) in sums.iter_mut().zip(residual) {
-                *sum += residual;
-            }
-        }
+        let at = token * self.rows + row;
+        let sums = match self.residual {
+            Some(residual) => s.add(sums, s.load_part(&residual[at..at + count])),
+            None => sums,
+        };
         // SAFETY: `count` places from here on lie in row `token` of `y`, by the assertion; they belong to this
         // tile, which is this thread's.
-        let out =
-            unsafe { std::slice::from_raw_parts_mut(self.y.at(token * self.rows + row), count) };
-        if let Ok(out) = <&mut [f32; TILE_ROWS]>::try_from(&mut *out) {
-            *out = sums;
-        } else {
-            out.copy_from_slice(&sums[..count]);
-        }
+        let out = unsafe { std::slice::from_raw_parts_mut(self.y.at(at), count) };
+        s.store_part(sums, out);
     }
 }
 
@@ -132,10 +127,10 @@ pub(crate) fn tiles<S: Simd>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised
 fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let mut tile = tiles.start;
     while tile < tiles.end {
-        // A few tokens wait for memory, which two streams at once slow down.
-        if S::PAIRS && a.m() > GROUP && tile + 2 <= tiles.end {
-            tokens::<S, F, 2>(s, w, tile, tiles.end, a, out);
-            tile += 2;
+        // A few tokens wait for memory, which several streams at once slow down.
+        if S::TILES == 3 && a.m() > GROUP && tile + 3 <= tiles.end {
+            tokens::<S, F, 3>(s, w, tile, tiles.end, a, out);
+            tile += 3;
         } else {
             tokens::<S, F, 1>(s, w, tile, tiles.end, a, out);
             tile += 1;
@@ -160,13 +155,12 @@ fn tokens<S: Simd, F: Form, const R: usize>(
         weights[index] = w.tile(tile + index);
     }
     for group in 0..groups {
-        // The first group of tokens would otherwise wait for all of it.
-        s.prefetch(&next[Pool::split(next.len(), group, groups)]);
         let (view, base) = (a.group(group), group * GROUP);
         let tokens = GROUP.min(a.m() - base);
         let mut first = 0;
         while first < tokens {
             let at = Place { tile, base, first };
+            s.prefetch(&next[Pool::split(next.len(), (base + first) / 4, a.m().div_ceil(4))]);
             first += match tokens - first {
                 8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
                 4.. if S::TOKENS >= 4 => step::<S, F, 4, R>(s, weights, view, at, out),
@@ -234,9 +228,12 @@ fn step<S: Simd, F: Form, const T: usize, const R: usize>(
     }
     for tile in 0..R {
         for token in 0..T {
-            let mut lanes = [0.0; TILE_ROWS];
-            s.store(acc[tile][token], &mut lanes);
-            out.put(at.base + at.first + token, at.tile + tile, lanes);
+            out.put(
+                s,
+                at.base + at.first + token,
+                at.tile + tile,
+                acc[tile][token],
+            );
         }
     }
     T
@@ -273,7 +270,7 @@ fn dots<S: Simd, F: Form, const T: usize, const R: usize>(
 #[inline(always)]
 fn half<S: Simd, F: Form, const T: usize, const R: usize, const HALF: usize>(
     s: S,
-    mut sums: [[S::Sums; T]; R],
+    sums: [[S::Sums; T]; R],
     blocks: [&[u8]; R],
     q: &[[i8; BLOCK]; T],
 ) -> [[S::Sums; T]; R] {
@@ -281,22 +278,17 @@ fn half<S: Simd, F: Form, const T: usize, const R: usize, const HALF: usize>(
     for token in 0..T {
         a[token] = &q[token].as_chunks().0[HALF];
     }
-    if F::FOUR {
-        for tile in 0..R {
-            let w = weights(&blocks[tile][F::HEAD..]);
-            sums[tile] = if HALF == 0 {
-                s.dot_nibbles::<T, false>(sums[tile], w, a)
-            } else {
-                s.dot_nibbles::<T, true>(sums[tile], w, a)
-            };
-        }
-        return sums;
-    }
     let mut w: [&Weights; R] = [&[[0; 64]; 4]; R];
     for tile in 0..R {
-        w[tile] = weights(&blocks[tile][F::HEAD + 256 * HALF..]);
+        // With 4 bits, both halves lie in the same bytes.
+        let at = if F::FOUR { 0 } else { 256 * HALF };
+        w[tile] = weights(&blocks[tile][F::HEAD + at..]);
     }
-    s.dots(sums, w, a)
+    match (F::FOUR, HALF) {
+        (false, _) => s.dots::<T, R, { simd::WHOLE }>(sums, w, a),
+        (true, 0) => s.dots::<T, R, { simd::LOW }>(sums, w, a),
+        (true, _) => s.dots::<T, R, { simd::HIGH }>(sums, w, a),
+    }
 }
 
 /// The first 256 bytes.

@@ -4,6 +4,7 @@
 use crate::matmul::Output;
 use crate::packed::{BLOCK, Packed, TILE_ROWS};
 use crate::quantised::Quantised;
+use crate::scalar::Scalar;
 use std::ops::Range;
 
 /// Every output is Σ over groups of (Σ of weight · activation) · scale and, in affine kinds,
@@ -30,7 +31,7 @@ pub(crate) fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output)
                     }
                 }
             }
-            out.put(token, tile, sums);
+            out.put(Scalar, token, tile, sums);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The kernel that defines the others: plain Rust, one lane after the other.
 
 use crate::math;
-use crate::simd::{Activations, Simd, Weights};
+use crate::simd::{self, Activations, Simd, Weights};
 
 /// Needs nothing, so it always exists.
 #[derive(Copy, Clone)]
@@ -126,48 +126,31 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(
+    fn dot<const T: usize, const PART: u8>(
         self,
-        sums: [[i32; 16]; T],
+        mut sums: [[i32; 16]; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [[i32; 16]; T] {
-        add_products(sums, w, a, |byte| i32::from(byte.cast_signed()))
-    }
-
-    #[inline(always)]
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
-        self,
-        sums: [[i32; 16]; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [[i32; 16]; T] {
-        add_products(sums, w, a, |byte| {
-            i32::from(if HIGH { byte >> 4 } else { byte & 15 })
-        })
+        let weight = |byte: u8| match PART {
+            simd::WHOLE => i32::from(byte.cast_signed()),
+            simd::LOW => i32::from(byte & 15),
+            _ => i32::from(byte >> 4),
+        };
+        for (sums, a) in sums.iter_mut().zip(a) {
+            for (w, a) in w.iter().zip(a.as_chunks::<4>().0) {
+                for (w, sum) in w.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
+                    for (w, a) in w.iter().zip(a) {
+                        *sum += weight(*w) * i32::from(*a);
+                    }
+                }
+            }
+        }
+        sums
     }
 
     #[inline(always)]
     fn finish<const T: usize>(self, sums: [[i32; 16]; T]) -> [F; T] {
         sums.map(|sums| sums.map(|sum| sum as f32))
     }
-}
-
-#[inline(always)]
-fn add_products<const T: usize>(
-    mut sums: [[i32; 16]; T],
-    w: &Weights,
-    a: [&Activations; T],
-    weight: impl Fn(u8) -> i32,
-) -> [[i32; 16]; T] {
-    for (sums, a) in sums.iter_mut().zip(a) {
-        for (w, a) in w.iter().zip(a.as_chunks::<4>().0) {
-            for (w, sum) in w.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
-                for (w, a) in w.iter().zip(a) {
-                    *sum += weight(*w) * i32::from(*a);
-                }
-            }
-        }
-    }
-    sums
 }

@@ -12,6 +12,11 @@ pub(crate) type Weights = [[u8; 64]; 4];
 /// One token's quantised half block.
 pub(crate) type Activations = [i8; 16];
 
+/// Which bits of a byte are a weight.
+pub(crate) const WHOLE: u8 = 0;
+pub(crate) const LOW: u8 = 1;
+pub(crate) const HIGH: u8 = 2;
+
 /// Numbers of the cache, of either kind.
 #[derive(Copy, Clone)]
 #[allow(dead_code, reason = "only armv7 looks inside")]
@@ -27,8 +32,8 @@ pub(crate) trait Simd: Copy {
     type Sums: Copy;
     /// Tokens that the registers hold at once beside a tile; 1, 4 or 8.
     const TOKENS: usize;
-    /// Whether a tile's four tokens leave registers for a second tile, and sharing loads is worth it.
-    const PAIRS: bool = false;
+    /// Tiles that the registers hold at once beside four tokens, if sharing loads is worth it; 1 or 3.
+    const TILES: usize = 1;
     /// Vectors that the registers hold at once for each of four queries; 1, 2 or 4.
     const VECTORS: usize;
     /// Whether sums of 8-bit weights start at −128 times the activations' sum.
@@ -69,31 +74,25 @@ pub(crate) trait Simd: Copy {
 
     /// Sums that start at `from`, the same for all rows.
     fn start<const T: usize>(self, from: [i32; T]) -> [Self::Sums; T];
-    /// Adds the products of 8-bit weights with `T` tokens. Where weights are stored with 128 added, the sums have
-    /// started at −128 times the sum of the activations.
-    fn dot<const T: usize>(
+    /// Adds the products of a tile with `T` tokens. `PART` is [`WHOLE`] for 8-bit weights, [`LOW`] or [`HIGH`] for the
+    /// halves of bytes; within a group the low ones come first. Where 8-bit weights are stored with 128 added, the
+    /// sums have started at −128 times the sum of the activations.
+    fn dot<const T: usize, const PART: u8>(
         self,
         sums: [Self::Sums; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [Self::Sums; T];
-    /// The same for the low or the high halves of bytes; within a group the low ones come first.
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
-        self,
-        sums: [Self::Sums; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [Self::Sums; T];
-    /// `dot` for several tiles at once, which may share the loads of activations.
+    /// The same for several tiles, which may share the loads of activations.
     #[inline(always)]
-    fn dots<const T: usize, const R: usize>(
+    fn dots<const T: usize, const R: usize, const PART: u8>(
         self,
         mut sums: [[Self::Sums; T]; R],
         w: [&Weights; R],
         a: [&Activations; T],
     ) -> [[Self::Sums; T]; R] {
         for tile in 0..R {
-            sums[tile] = self.dot(sums[tile], w[tile], a);
+            sums[tile] = self.dot::<T, PART>(sums[tile], w[tile], a);
         }
         sums
     }
@@ -135,12 +134,20 @@ pub(crate) trait Simd: Copy {
         unreachable!("only where ACCUMULATES says so");
     }
 
-    /// The sum of the lanes by the tree of [`tree`].
+    /// The sum of the lanes, in the one order there is: each with the one 8 further, then 4, 2, 1.
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         let mut lanes = [0.0; 16];
         self.store(x, &mut lanes);
-        tree(lanes)
+        fold(lanes, |a, b| a + b)
+    }
+
+    /// The largest lane, where none is NaN.
+    #[inline(always)]
+    fn max_lane(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        fold(lanes, |a, b| if a > b { a } else { b })
     }
 
     /// Up to sixteen numbers, zeros behind them.
@@ -166,12 +173,11 @@ pub(crate) trait Simd: Copy {
     }
 }
 
-/// The one order in which sixteen lanes are added: each with the one 8 further, then 4, 2, 1.
 #[inline(always)]
-pub(crate) fn tree(mut lanes: [f32; 16]) -> f32 {
+fn fold(mut lanes: [f32; 16], with: impl Fn(f32, f32) -> f32) -> f32 {
     for step in [8, 4, 2, 1] {
         for lane in 0..step {
-            lanes[lane] += lanes[lane + step];
+            lanes[lane] = with(lanes[lane], lanes[lane + step]);
         }
     }
     lanes[0]

@@ -4,7 +4,7 @@
 //! For more tokens the compiler's order does.
 
 use super::{I, Products};
-use crate::simd::{Activations, Weights};
+use crate::simd::{self, Activations, Weights};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -23,30 +23,18 @@ impl Products for Sdot {
     }
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(mut sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
-        // SAFETY: the caller has dotprod.
-        unsafe {
-            if T == 1 {
-                dot(&mut sums[0], w, a[0]);
-            } else {
-                several(&mut sums, w, a, |w| vreinterpretq_s8_u8(w));
-            }
-        }
-        sums
-    }
-
-    #[inline(always)]
-    unsafe fn dot_nibbles<const T: usize, const HIGH: bool>(
+    unsafe fn dot<const T: usize, const PART: u8>(
         mut sums: [I; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [I; T] {
         // SAFETY: the caller has dotprod.
         unsafe {
-            match (T, HIGH) {
-                (1, false) => dot_low(&mut sums[0], w, a[0]),
-                (1, true) => dot_high(&mut sums[0], w, a[0]),
-                _ => several(&mut sums, w, a, |w| nibbles::<HIGH>(w)),
+            match (T, PART) {
+                (1, simd::WHOLE) => dot_whole(&mut sums[0], w, a[0]),
+                (1, simd::LOW) => dot_low(&mut sums[0], w, a[0]),
+                (1, _) => dot_high(&mut sums[0], w, a[0]),
+                _ => several::<T, PART>(&mut sums, w, a),
             }
         }
         sums
@@ -58,16 +46,18 @@ impl Products for Sdot {
     }
 }
 
+/// The weights in sixteen bytes.
+///
 /// # Safety
 /// Needs neon; all below need dotprod.
 #[inline(always)]
-pub(super) unsafe fn nibbles<const HIGH: bool>(w: uint8x16_t) -> int8x16_t {
+pub(super) unsafe fn part<const PART: u8>(w: uint8x16_t) -> int8x16_t {
     // SAFETY: the caller has neon.
     unsafe {
-        vreinterpretq_s8_u8(if HIGH {
-            vshrq_n_u8::<4>(w)
-        } else {
-            vandq_u8(w, vdupq_n_u8(15))
+        vreinterpretq_s8_u8(match PART {
+            simd::WHOLE => w,
+            simd::LOW => vandq_u8(w, vdupq_n_u8(15)),
+            _ => vshrq_n_u8::<4>(w),
         })
     }
 }
@@ -84,15 +74,14 @@ macro_rules! sdot {
 }
 
 #[inline(always)]
-unsafe fn several<const T: usize>(
+unsafe fn several<const T: usize, const PART: u8>(
     sums: &mut [I; T],
     w: &Weights,
     a: [&Activations; T],
-    cut: impl Fn(uint8x16_t) -> int8x16_t,
 ) {
     // SAFETY: the caller has dotprod; loads stay within the references.
     unsafe {
-        let load = |k4: usize, quad: usize| cut(vld1q_u8(w[k4].as_ptr().add(16 * quad)));
+        let load = |k4: usize, quad: usize| part::<PART>(vld1q_u8(w[k4].as_ptr().add(16 * quad)));
         for quad in 0..4 {
             let w = [load(0, quad), load(1, quad), load(2, quad), load(3, quad)];
             for (sums, a) in sums.iter_mut().zip(a) {
@@ -179,7 +168,7 @@ macro_rules! sixteen_columns {
 }
 
 #[inline(always)]
-unsafe fn dot(sums: &mut I, w: &Weights, a: &Activations) {
+unsafe fn dot_whole(sums: &mut I, w: &Weights, a: &Activations) {
     // SAFETY: reads sixteen bytes from `a` on and 256 from `w` on.
     unsafe { sixteen_columns!(sums, w, a, whole) }
 }

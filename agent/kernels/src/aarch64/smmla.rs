@@ -5,7 +5,7 @@
 //! two rows by eight columns. Of a pair of tokens, the first one's sums hold, per four rows, `[token][row]` of rows 0 and
 //! 1, the second one's of rows 2 and 3, until `finish` sorts them.
 
-use super::sdot::{Sdot, nibbles};
+use super::sdot::{Sdot, part};
 use super::{I, Products};
 use crate::simd::{Activations, Weights};
 use std::arch::aarch64::*;
@@ -27,19 +27,7 @@ impl Products for Smmla {
     }
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(mut sums: [I; T], w: &Weights, a: [&Activations; T]) -> [I; T] {
-        // SAFETY: the caller has i8mm.
-        unsafe {
-            if T == 1 {
-                return Sdot::dot(sums, w, a);
-            }
-            several(&mut sums, w, a, |w| vreinterpretq_s8_u8(w));
-        }
-        sums
-    }
-
-    #[inline(always)]
-    unsafe fn dot_nibbles<const T: usize, const HIGH: bool>(
+    unsafe fn dot<const T: usize, const PART: u8>(
         mut sums: [I; T],
         w: &Weights,
         a: [&Activations; T],
@@ -47,9 +35,9 @@ impl Products for Smmla {
         // SAFETY: the caller has i8mm.
         unsafe {
             if T == 1 {
-                return Sdot::dot_nibbles::<T, HIGH>(sums, w, a);
+                return Sdot::dot::<T, PART>(sums, w, a);
             }
-            several(&mut sums, w, a, |w| nibbles::<HIGH>(w));
+            several::<T, PART>(&mut sums, w, a);
         }
         sums
     }
@@ -84,17 +72,16 @@ macro_rules! smmla {
 /// # Safety
 /// Needs i8mm; `T` is even.
 #[inline(always)]
-unsafe fn several<const T: usize>(
+unsafe fn several<const T: usize, const PART: u8>(
     sums: &mut [I; T],
     w: &Weights,
     a: [&Activations; T],
-    cut: impl Fn(uint8x16_t) -> int8x16_t,
 ) {
     let (sums, a) = (sums.as_chunks_mut::<2>().0, a.as_chunks::<2>().0);
     // SAFETY: the caller has i8mm; loads stay within the references.
     unsafe {
         let load = |k4: usize, quad: usize| {
-            vreinterpretq_s32_s8(cut(vld1q_u8(w[k4].as_ptr().add(16 * quad))))
+            vreinterpretq_s32_s8(part::<PART>(vld1q_u8(w[k4].as_ptr().add(16 * quad))))
         };
         for quad in 0..4 {
             let w = [load(0, quad), load(1, quad), load(2, quad), load(3, quad)];

@@ -8,7 +8,7 @@
 //! Left to the compiler, all products are begun first and half of them spilled.
 
 use super::{I, Products};
-use crate::simd::{Activations, Weights};
+use crate::simd::{self, Activations, Weights};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -37,27 +37,20 @@ impl Products for Smull {
     }
 
     #[inline(always)]
-    unsafe fn dot<const T: usize>(
+    unsafe fn dot<const T: usize, const PART: u8>(
         mut sums: [Sums; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [Sums; T] {
         for token in 0..T {
             // SAFETY: the caller has neon.
-            sums[token] = unsafe { dot(sums[token], w, a[token]) };
-        }
-        sums
-    }
-
-    #[inline(always)]
-    unsafe fn dot_nibbles<const T: usize, const HIGH: bool>(
-        mut sums: [Sums; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [Sums; T] {
-        for token in 0..T {
-            // SAFETY: the caller has neon.
-            sums[token] = unsafe { dot_nibbles::<HIGH>(sums[token], w, a[token]) };
+            sums[token] = unsafe {
+                match PART {
+                    simd::WHOLE => dot(sums[token], w, a[token]),
+                    simd::LOW => dot_nibbles::<false>(sums[token], w, a[token]),
+                    _ => dot_nibbles::<true>(sums[token], w, a[token]),
+                }
+            };
         }
         sums
     }

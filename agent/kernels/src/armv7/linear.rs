@@ -79,7 +79,7 @@ pub(crate) unsafe fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &
                 // SAFETY: the caller's promise, and `count` tokens from `first` on are the group's.
                 unsafe { step(steps[count - 1], w, tile, view, first, &mut sums) }
                 for (token, sums) in sums.iter().take(count).enumerate() {
-                    out.put(base + first + token, tile, *sums);
+                    out.put(Scalar, base + first + token, tile, *sums);
                 }
             }
         }

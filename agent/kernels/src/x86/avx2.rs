@@ -8,7 +8,8 @@
     reason = "only unaligned loads and stores go through such pointers"
 )]
 
-use crate::simd::{Activations, Simd, Weights};
+use super::{max_lane, sum};
+use crate::simd::{self, Activations, Simd, Weights};
 use std::arch::x86_64::*;
 
 /// Exists only on CPUs with avx2, fma and f16c; if `VNNI`, with avxvnni too.
@@ -177,6 +178,21 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        op!([_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn sum(self, x: F) -> f32 {
+        op!(sum(x))
+    }
+
+    #[inline(always)]
+    fn max_lane(self, x: F) -> f32 {
+        op!(max_lane(x))
+    }
+
+    #[inline(always)]
     fn start<const T: usize>(self, from: [i32; T]) -> [[__m256i; 2]; T] {
         let mut sums = [op!([_mm256_setzero_si256(); 2]); T];
         for token in 0..T {
@@ -186,35 +202,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(
-        self,
-        mut sums: [[__m256i; 2]; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [[__m256i; 2]; T] {
-        for (k4, w) in w.iter().enumerate() {
-            let w = load(self, w);
-            let magnitude = op!([_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])]);
-            for token in 0..T {
-                let a = op!(four(a[token], k4));
-                for half in 0..2 {
-                    sums[token][half] = if VNNI {
-                        op!(_mm256_dpbusd_avx_epi32(sums[token][half], w[half], a))
-                    } else {
-                        op!(add_products(
-                            sums[token][half],
-                            magnitude[half],
-                            _mm256_sign_epi8(a, w[half])
-                        ))
-                    };
-                }
-            }
-        }
-        sums
-    }
-
-    #[inline(always)]
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
+    fn dot<const T: usize, const PART: u8>(
         self,
         mut sums: [[__m256i; 2]; T],
         w: &Weights,
@@ -224,17 +212,28 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let mut w = load(self, w);
             for w in &mut w {
                 *w = op! {
-                    let w = if HIGH { _mm256_srli_epi16::<4>(*w) } else { *w };
-                    _mm256_and_si256(w, _mm256_set1_epi8(15))
+                    match PART {
+                        simd::WHOLE => *w,
+                        simd::LOW => _mm256_and_si256(*w, _mm256_set1_epi8(15)),
+                        _ => _mm256_and_si256(_mm256_srli_epi16::<4>(*w), _mm256_set1_epi8(15)),
+                    }
                 };
             }
+            let magnitude = op!([_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])]);
             for token in 0..T {
                 let a = op!(four(a[token], k4));
                 for half in 0..2 {
+                    let sum = sums[token][half];
                     sums[token][half] = if VNNI {
-                        op!(_mm256_dpbusd_avx_epi32(sums[token][half], w[half], a))
+                        op!(_mm256_dpbusd_avx_epi32(sum, w[half], a))
+                    } else if PART == simd::WHOLE {
+                        op!(add_products(
+                            sum,
+                            magnitude[half],
+                            _mm256_sign_epi8(a, w[half])
+                        ))
                     } else {
-                        op!(add_products(sums[token][half], w[half], a))
+                        op!(add_products(sum, w[half], a))
                     };
                 }
             }

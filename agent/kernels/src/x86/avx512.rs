@@ -7,8 +7,9 @@
     reason = "only unaligned loads and stores go through such pointers"
 )]
 
-use crate::simd::{Activations, Simd, Weights};
-use std::arch::x86_64::*;
+use super::{max_lane, sum};
+use crate::simd::{self, Activations, Simd, Weights};
+use std::arch::{asm, x86_64::*};
 
 /// Exists only on CPUs with avx512f, avx512bw, avx512vl and avx512vnni.
 #[derive(Copy, Clone)]
@@ -36,7 +37,7 @@ impl Simd for Avx512 {
     type F = __m512;
     type Sums = __m512i;
     const TOKENS: usize = 8;
-    const PAIRS: bool = true;
+    const TILES: usize = 3;
     const VECTORS: usize = 4;
     const OFFSET: bool = true;
 
@@ -154,6 +155,21 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        op!(sum(halves(x)))
+    }
+
+    #[inline(always)]
+    fn max_lane(self, x: __m512) -> f32 {
+        op!(max_lane(halves(x)))
+    }
+
+    #[inline(always)]
     fn start<const T: usize>(self, from: [i32; T]) -> [__m512i; T] {
         let mut sums = [op!(_mm512_setzero_si512()); T];
         for token in 0..T {
@@ -163,18 +179,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn dot<const T: usize>(
+    fn dot<const T: usize, const PART: u8>(
         self,
         sums: [__m512i; T],
         w: &Weights,
         a: [&Activations; T],
     ) -> [__m512i; T] {
-        let [sums] = self.dots([sums], [w], a);
+        let [sums] = self.dots::<T, 1, PART>([sums], [w], a);
         sums
     }
 
     #[inline(always)]
-    fn dots<const T: usize, const R: usize>(
+    fn dots<const T: usize, const R: usize, const PART: u8>(
         self,
         mut sums: [[__m512i; T]; R],
         w: [&Weights; R],
@@ -183,33 +199,30 @@ impl Simd for Avx512 {
         for k4 in 0..4 {
             let mut x = [op!(_mm512_setzero_si512()); R];
             for tile in 0..R {
-                x[tile] = op!(_mm512_loadu_si512(w[tile][k4].as_ptr().cast()));
+                x[tile] = op! {
+                    let w = _mm512_loadu_si512(w[tile][k4].as_ptr().cast());
+                    match PART {
+                        simd::WHOLE => w,
+                        simd::LOW => _mm512_and_si512(w, _mm512_set1_epi8(15)),
+                        _ => _mm512_and_si512(_mm512_srli_epi16::<4>(w), _mm512_set1_epi8(15)),
+                    }
+                };
+            }
+            if T == 4 && R == 3 {
+                // SAFETY: these are the sizes of the arrays, and the CPU has the features.
+                unsafe {
+                    let sums = &mut *(&raw mut sums).cast();
+                    let a = &*(&raw const a).cast();
+                    let x = &*(&raw const x).cast();
+                    three_by_four(sums, x, a, k4);
+                }
+                continue;
             }
             for token in 0..T {
                 let a = op!(four(a[token], k4));
                 for tile in 0..R {
                     sums[tile][token] = op!(_mm512_dpbusd_epi32(sums[tile][token], x[tile], a));
                 }
-            }
-        }
-        sums
-    }
-
-    #[inline(always)]
-    fn dot_nibbles<const T: usize, const HIGH: bool>(
-        self,
-        mut sums: [__m512i; T],
-        w: &Weights,
-        a: [&Activations; T],
-    ) -> [__m512i; T] {
-        for (k4, w) in w.iter().enumerate() {
-            let w = op! {
-                let w = _mm512_loadu_si512(w.as_ptr().cast());
-                let w = if HIGH { _mm512_srli_epi16::<4>(w) } else { w };
-                _mm512_and_si512(w, _mm512_set1_epi8(15))
-            };
-            for token in 0..T {
-                sums[token] = op!(_mm512_dpbusd_epi32(sums[token], w, four(a[token], k4)));
             }
         }
         sums
@@ -230,4 +243,63 @@ impl Simd for Avx512 {
 unsafe fn four(a: &Activations, k4: usize) -> __m512i {
     // SAFETY: four bytes from 4 · `k4` on lie within the sixteen; the caller has the features.
     unsafe { _mm512_set1_epi32(a.as_ptr().cast::<i32>().add(k4).read_unaligned()) }
+}
+
+/// Three tiles times four tokens. In assembly for its order alone: the compiler gathers the loads, runs out of
+/// registers and lines up products that wait for each other.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn three_by_four(
+    sums: &mut [[__m512i; 4]; 3],
+    x: &[__m512i; 3],
+    a: &[&Activations; 4],
+    k4: usize,
+) {
+    let [
+        [s00, s01, s02, s03],
+        [s10, s11, s12, s13],
+        [s20, s21, s22, s23],
+    ] = sums;
+    let (mut _even, mut _odd): (__m512i, __m512i);
+    // SAFETY: four bytes from 4 · `k4` on lie within each token's sixteen; the caller has the features.
+    unsafe {
+        asm!(
+            "vpbroadcastd {even}, [{a0}]",
+            "vpdpbusd {s00}, {x0}, {even}",
+            "vpdpbusd {s10}, {x1}, {even}",
+            "vpdpbusd {s20}, {x2}, {even}",
+            "vpbroadcastd {odd}, [{a1}]",
+            "vpdpbusd {s01}, {x0}, {odd}",
+            "vpdpbusd {s11}, {x1}, {odd}",
+            "vpdpbusd {s21}, {x2}, {odd}",
+            "vpbroadcastd {even}, [{a2}]",
+            "vpdpbusd {s02}, {x0}, {even}",
+            "vpdpbusd {s12}, {x1}, {even}",
+            "vpdpbusd {s22}, {x2}, {even}",
+            "vpbroadcastd {odd}, [{a3}]",
+            "vpdpbusd {s03}, {x0}, {odd}",
+            "vpdpbusd {s13}, {x1}, {odd}",
+            "vpdpbusd {s23}, {x2}, {odd}",
+            even = out(zmm_reg) _even, odd = out(zmm_reg) _odd,
+            x0 = in(zmm_reg) x[0], x1 = in(zmm_reg) x[1], x2 = in(zmm_reg) x[2],
+            s00 = inout(zmm_reg) *s00, s01 = inout(zmm_reg) *s01,
+            s02 = inout(zmm_reg) *s02, s03 = inout(zmm_reg) *s03,
+            s10 = inout(zmm_reg) *s10, s11 = inout(zmm_reg) *s11,
+            s12 = inout(zmm_reg) *s12, s13 = inout(zmm_reg) *s13,
+            s20 = inout(zmm_reg) *s20, s21 = inout(zmm_reg) *s21,
+            s22 = inout(zmm_reg) *s22, s23 = inout(zmm_reg) *s23,
+            a0 = in(reg) a[0].as_ptr().add(4 * k4), a1 = in(reg) a[1].as_ptr().add(4 * k4),
+            a2 = in(reg) a[2].as_ptr().add(4 * k4), a3 = in(reg) a[3].as_ptr().add(4 * k4),
+            options(nostack, readonly, preserves_flags),
+        );
+    }
+}
+
+#[inline(always)]
+unsafe fn halves(x: __m512) -> [__m256; 2] {
+    // SAFETY: the caller has the features.
+    unsafe {
+        let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x));
+        [_mm512_castps512_ps256(x), _mm256_castpd_ps(high)]
+    }
 }
