@@ -257,6 +257,8 @@ impl EvalOp for Project {
             },
             None => Rows::Plain(x),
         };
+        let weight = |&index: &usize| turn.weights.weight(index);
+        quantised.keep_sums(self.weights.iter().any(|w| weight(w).kind().needs_sums()));
         turn.kernel
             .quantise_rows(rows, width, quantised, &turn.pool);
         let count = x.len() / width;

@@ -171,21 +171,18 @@ fn several<S: Simd, E: Element, const Q: usize>(
 ) -> usize {
     let mut present = [0; Q];
     let mut p = [[0.0; KV_BLOCK]; Q];
-    let mut decay = [0.0; Q];
     let mut q: [&[f32]; Q] = [&[]; Q];
     for at in 0..Q {
         present[at] = (queries[at].keys - before).min(KV_BLOCK);
         q[at] = queries[at].q;
     }
     scores(s, q, view.keys, present[Q - 1], &mut p);
-    for at in 0..Q {
-        if let Some((scales, _)) = view.scales {
-            times(s, &mut p[at], scales);
-        }
-        decay[at] = soften(s, &mut p[at], present[at], scale, &mut running[at]);
-        if let Some((_, scales)) = view.scales {
-            times(s, &mut p[at], scales);
-        }
+    if let Some((scales, _)) = view.scales {
+        p.iter_mut().for_each(|p| times(s, p, scales));
+    }
+    let decay = soften(s, &mut p, present, scale, running);
+    if let Some((_, scales)) = view.scales {
+        p.iter_mut().for_each(|p| times(s, p, scales));
     }
     // What all of them see, then what only the later ones do.
     let mut out = outputs::<Q>(queries);
@@ -259,40 +256,44 @@ fn products<S: Simd, E: Element, const Q: usize, const V: usize>(
     }
 }
 
-/// Turns scores into weights relative to the largest score so far, which it updates; the factor by which what was
-/// summed before shrinks.
+/// Turns scores into weights relative to each query's largest score so far, which it updates; the factors by which what
+/// was summed before shrinks. All queries go a step together, since one alone would wait for its maximum.
 #[inline(always)]
-fn soften<S: Simd>(
+fn soften<S: Simd, const Q: usize>(
     s: S,
-    p: &mut [f32; KV_BLOCK],
-    present: usize,
+    p: &mut [[f32; KV_BLOCK]; Q],
+    present: [usize; Q],
     scale: f32,
-    running: &mut Running,
-) -> f32 {
-    for p in p.as_chunks_mut::<16>().0 {
-        s.store(s.mul(s.load(p), s.splat(scale)), p);
+    running: &mut [Running],
+) -> [f32; Q] {
+    let mut tops = [0.0; Q];
+    for at in 0..Q {
+        for p in p[at].as_chunks_mut::<16>().0 {
+            s.store(s.mul(s.load(p), s.splat(scale)), p);
+        }
+        // What lies behind the last key is somebody else's or nobody's.
+        p[at][present[at]..].fill(f32::NEG_INFINITY);
+        let mut top = s.splat(f32::NEG_INFINITY);
+        for p in p[at].as_chunks::<16>().0 {
+            top = s.max(s.load(p), top);
+        }
+        let tile = s.max_lane(top);
+        let before = running[at].top;
+        tops[at] = if before > tile { before } else { tile };
     }
-    // What lies behind the last key is somebody else's or nobody's.
-    p[present..].fill(f32::NEG_INFINITY);
-    let mut top = s.splat(f32::NEG_INFINITY);
-    for p in p.as_chunks::<16>().0 {
-        top = s.max(s.load(p), top);
+    let mut decay = [0.0; Q];
+    for at in 0..Q {
+        let (running, top) = (&mut running[at], tops[at]);
+        decay[at] = s.exp_one(running.top - top);
+        let mut weights = s.splat(0.0);
+        for p in p[at].as_chunks_mut::<16>().0 {
+            let e = s.exp(s.sub(s.load(p), s.splat(top)));
+            weights = s.add(weights, e);
+            s.store(e, p);
+        }
+        running.total = s.fma_one(running.total, decay[at], s.sum(weights));
+        running.top = top;
     }
-    let tile = s.max_lane(top);
-    let top = if running.top > tile {
-        running.top
-    } else {
-        tile
-    };
-    let decay = s.exp_one(running.top - top);
-    let mut weights = s.splat(0.0);
-    for p in p.as_chunks_mut::<16>().0 {
-        let e = s.exp(s.sub(s.load(p), s.splat(top)));
-        weights = s.add(weights, e);
-        s.store(e, p);
-    }
-    running.total = s.fma_one(running.total, decay, s.sum(weights));
-    running.top = top;
     decay
 }
 

@@ -3,18 +3,11 @@
 //! functions into ones with target features.
 
 use crate::math;
+use crate::quantised::Slot;
 use crate::simd::Simd;
 
 /// Blocks below this (2^-100) are zero: 127 / amax must stay finite.
 const AMAX_MIN: f32 = 7.888_609e-31;
-
-/// Where one token's quantised blocks go.
-pub(crate) trait Sink {
-    /// The place of a block's bytes.
-    fn bytes(&mut self, block: usize) -> &mut [i8; 32];
-    /// Takes the block's scale and the sums of its halves.
-    fn finish(&mut self, block: usize, scale: f32, halves: [i32; 2]);
-}
 
 /// Rows of activations that are computed on their way into the quantisation.
 #[derive(Copy, Clone)]
@@ -34,22 +27,12 @@ pub(crate) enum Row<'a> {
 /// Sixteen elements of a row from `at` on. `factor` is the norm's.
 #[inline(always)]
 fn element<S: Simd>(s: S, row: Row, factor: S::F, at: usize) -> S::F {
+    let load = |x: &[f32]| s.load(x[at..].first_chunk().expect("sixteen elements"));
     match row {
-        Row::Plain(x) => s.load_part(part(x, at)),
-        Row::Normed { x, gamma, .. } => s.mul(
-            s.mul(s.load_part(part(x, at)), factor),
-            s.load_part(part(gamma, at)),
-        ),
-        Row::Gated { gate, up } => s.mul(
-            silu(s, s.load_part(part(gate, at))),
-            s.load_part(part(up, at)),
-        ),
+        Row::Plain(x) => load(x),
+        Row::Normed { x, gamma, .. } => s.mul(s.mul(load(x), factor), load(gamma)),
+        Row::Gated { gate, up } => s.mul(silu(s, load(gate)), load(up)),
     }
-}
-
-#[inline(always)]
-fn part<T>(x: &[T], at: usize) -> &[T] {
-    &x[at..x.len().min(at + 16)]
 }
 
 #[inline(always)]
@@ -60,40 +43,63 @@ fn factor<S: Simd>(s: S, row: Row) -> S::F {
     }
 }
 
-/// Evaluates a row without quantising it.
+/// Evaluates a row of any width without quantising it.
 #[inline(always)]
 pub(crate) fn evaluate<S: Simd>(s: S, row: Row, out: &mut [f32]) {
     let factor = factor(s, row);
-    for at in (0..out.len()).step_by(16) {
-        let end = out.len().min(at + 16);
-        let x = element(s, row, factor, at);
-        s.store_part(x, &mut out[at..end]);
+    let whole = out.len() / 16 * 16;
+    for (index, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+        s.store(element(s, row, factor, index * 16), out);
     }
+    let padded = |x: &[f32]| {
+        let mut lanes = [0.0; 16];
+        lanes[..x.len() - whole].copy_from_slice(&x[whole..]);
+        lanes
+    };
+    let (first, second);
+    let rest = match row {
+        Row::Plain(x) => {
+            first = padded(x);
+            Row::Plain(&first)
+        }
+        Row::Normed { x, gamma, eps } => {
+            (first, second) = (padded(x), padded(gamma));
+            Row::Normed {
+                x: &first,
+                gamma: &second,
+                eps,
+            }
+        }
+        Row::Gated { gate, up } => {
+            (first, second) = (padded(gate), padded(up));
+            Row::Gated {
+                gate: &first,
+                up: &second,
+            }
+        }
+    };
+    s.store_part(element(s, rest, factor, 0), &mut out[whole..]);
 }
 
 /// Quantises a row of `blocks` · 32 elements.
 #[inline(always)]
-pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, sink: &mut impl Sink) {
+pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, slot: &mut Slot) {
     let factor = factor(s, row);
     for block in 0..blocks {
         let low = s.nan_to_zero(element(s, row, factor, block * 32));
         let high = s.nan_to_zero(element(s, row, factor, block * 32 + 16));
         let amax = s.max_lane(s.max(s.abs(low), s.abs(high)));
-        let q = sink.bytes(block);
+        let mut q = [[0; 16]; 2];
         if amax >= AMAX_MIN && amax.is_finite() {
             let inverse = s.splat(127.0 / amax);
-            let [q_low, q_high] = q.as_chunks_mut::<16>().0 else {
-                unreachable!()
-            };
             // |x| · (127 / amax) is at most 127.00002, which rounds to 127: nothing to clamp.
             let halves = [
-                s.store_i8(s.round(s.mul(low, inverse)), q_low),
-                s.store_i8(s.round(s.mul(high, inverse)), q_high),
+                s.store_i8(s.round(s.mul(low, inverse)), &mut q[0]),
+                s.store_i8(s.round(s.mul(high, inverse)), &mut q[1]),
             ];
-            sink.finish(block, amax / 127.0, halves);
+            slot.put(block, q, amax / 127.0, halves);
         } else {
-            *q = [0; 32];
-            sink.finish(block, 0.0, [0; 2]);
+            slot.put(block, q, 0.0, [0; 2]);
         }
     }
 }

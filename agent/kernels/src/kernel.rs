@@ -300,6 +300,10 @@ impl Kernel {
                 "the weight is packed for another kernel"
             );
         }
+        assert!(
+            jobs.iter().all(|job| a.suits(job.weight.kind())),
+            "the activations lack the sums that the weight needs"
+        );
         assert_eq!(
             a.is_plain, self.reference,
             "the activations were quantised by another kernel"

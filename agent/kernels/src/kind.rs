@@ -110,6 +110,11 @@ impl Kind {
         }
     }
 
+    /// Whether a product needs the sums of blocks or halves of activations, for minimums and for groups of 16.
+    pub fn needs_sums(self) -> bool {
+        self.affine || self.group == Group::Sixteen
+    }
+
     /// Bytes of one scale.
     pub(crate) fn scale_bytes(self) -> usize {
         match self.scales {

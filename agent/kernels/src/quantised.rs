@@ -1,16 +1,15 @@
 //! A buffer of quantised activations, reused from step to step.
 //! Groups of eight tokens lie together, `[group][block][token: 8]`, so that a register tile of tokens reads one stream.
 
-use crate::generic::Sink;
-use crate::packed::BLOCK;
+use crate::packed::{BLOCK, Kind};
 use crate::pool::Shareable;
+use std::marker::PhantomData;
 
 /// Tokens that lie together.
 pub(crate) const GROUP: usize = 8;
 
 /// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and sums. Also plain f32,
 /// which is what the `reference` kernel keeps instead.
-#[derive(Default)]
 pub struct Quantised {
     m: usize,
     k: usize,
@@ -19,12 +18,14 @@ pub struct Quantised {
     /// −128 times the sum of the block: what symmetric 8-bit weights need, and apart since they are the usual ones.
     offset: Vec<[i32; GROUP]>,
     sums: Vec<Sums>,
+    /// Whether they are written.
+    keeps_sums: bool,
     pub(crate) plain: Vec<f32>,
     /// Which of the two was written last.
     pub(crate) is_plain: bool,
 }
 
-/// What affine weights and groups of 16 need to know of a block.
+/// What affine weights and groups of 16 ([`Kind::needs_sums`](crate::packed::Kind::needs_sums)) need to know of a block.
 #[derive(Copy, Clone, Default)]
 pub(crate) struct Sums {
     /// −128 times the sum of each half.
@@ -43,10 +44,37 @@ pub(crate) struct GroupView<'a> {
     pub(crate) sums: &'a [Sums],
 }
 
+impl Default for Quantised {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Quantised {
-    /// An empty buffer, `[0, 0]`.
+    /// An empty buffer, `[0, 0]`, that keeps sums.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            m: 0,
+            k: 0,
+            q: Vec::new(),
+            scale: Vec::new(),
+            offset: Vec::new(),
+            sums: Vec::new(),
+            keeps_sums: true,
+            plain: Vec::new(),
+            is_plain: false,
+        }
+    }
+
+    /// Whether what is quantised from now on is for weights that [need sums](crate::packed::Kind::needs_sums). To keep
+    /// them takes time.
+    pub fn keep_sums(&mut self, keep: bool) {
+        self.keeps_sums = keep;
+    }
+
+    /// Whether weights of this kind can be multiplied with it.
+    pub(crate) fn suits(&self, kind: Kind) -> bool {
+        self.keeps_sums || !kind.needs_sums()
     }
 
     /// Makes it `[m, k]`. Allocates only to become larger than it ever was; what it holds afterwards is unspecified.
@@ -123,7 +151,7 @@ impl Quantised {
             q: Shareable(self.q.as_mut_ptr()),
             scale: Shareable(self.scale.as_mut_ptr()),
             offset: Shareable(self.offset.as_mut_ptr()),
-            sums: Shareable(self.sums.as_mut_ptr()),
+            sums: self.keeps_sums.then(|| Shareable(self.sums.as_mut_ptr())),
         }
     }
 }
@@ -135,13 +163,20 @@ pub(crate) struct Slots {
     q: Shareable<[[i8; BLOCK]; GROUP]>,
     scale: Shareable<[f32; GROUP]>,
     offset: Shareable<[i32; GROUP]>,
-    sums: Shareable<Sums>,
+    sums: Option<Shareable<Sums>>,
 }
 
 /// Write access to one token.
 pub(crate) struct Slot<'a> {
-    slots: &'a Slots,
-    token: usize,
+    /// Of the token's group, at its first block.
+    q: *mut [[i8; BLOCK]; GROUP],
+    scale: *mut [f32; GROUP],
+    offset: *mut [i32; GROUP],
+    sums: Option<*mut Sums>,
+    blocks: usize,
+    /// The token's place in its group.
+    lane: usize,
+    slots: PhantomData<&'a Slots>,
 }
 
 impl Slots {
@@ -150,38 +185,40 @@ impl Slots {
     /// token exists.
     pub(crate) unsafe fn token(&self, token: usize) -> Slot<'_> {
         assert!(token < self.m, "token {token} of {}", self.m);
-        Slot { slots: self, token }
+        let first = token / GROUP * self.blocks;
+        // SAFETY: the group of a token that exists has its first block in each array.
+        unsafe {
+            Slot {
+                q: self.q.at(first),
+                scale: self.scale.at(first),
+                offset: self.offset.at(first),
+                sums: self.sums.as_ref().map(|sums| sums.at(first)),
+                blocks: self.blocks,
+                lane: token % GROUP,
+                slots: PhantomData,
+            }
+        }
     }
 }
 
 impl Slot<'_> {
-    /// Where a block of this token lies: the index of its group's block.
+    /// Takes a block's bytes, its scale and the sums of its halves.
     #[inline(always)]
-    fn place(&self, block: usize) -> (usize, usize) {
-        assert!(block < self.slots.blocks);
-        let group = self.token / GROUP;
-        (group * self.slots.blocks + block, self.token % GROUP)
-    }
-}
-
-impl Sink for Slot<'_> {
-    #[inline(always)]
-    fn bytes(&mut self, block: usize) -> &mut [i8; BLOCK] {
-        let (at, lane) = self.place(block);
-        // SAFETY: in bounds by the assertions in `token` and `place`; this token is written through this slot
-        // only, and other tokens are other elements, which no reference made here covers.
-        unsafe { &mut *self.slots.q.at(at).cast::<[i8; BLOCK]>().add(lane) }
-    }
-
-    #[inline(always)]
-    fn finish(&mut self, block: usize, scale: f32, halves: [i32; 2]) {
-        let (at, lane) = self.place(block);
-        let sum = halves[0] + halves[1];
-        // SAFETY: as above; only single elements of this token are written, through pointers.
+    pub(crate) fn put(&mut self, block: usize, q: [[i8; 16]; 2], scale: f32, halves: [i32; 2]) {
+        assert!(block < self.blocks);
+        let (lane, sum) = (self.lane, halves[0] + halves[1]);
+        // SAFETY: the group has this block, and `lane` is below GROUP. This token is written through this slot only,
+        // element by element; no reference is made, since other tokens' elements lie between.
         unsafe {
-            let sums = self.slots.sums.at(at);
-            (*self.slots.scale.at(at).cast::<f32>().add(lane)) = scale;
-            (*self.slots.offset.at(at).cast::<i32>().add(lane)) = -128 * sum;
+            (&raw mut (*self.q.add(block))[lane])
+                .cast::<[[i8; 16]; 2]>()
+                .write(q);
+            (&raw mut (*self.scale.add(block))[lane]).write(scale);
+            (&raw mut (*self.offset.add(block))[lane]).write(-128 * sum);
+            let Some(sums) = self.sums else {
+                return;
+            };
+            let sums = sums.add(block);
             (&raw mut (*sums).block[lane]).write(sum as f32 * scale);
             for (half, sum) in halves.into_iter().enumerate() {
                 (&raw mut (*sums).offset[half][lane]).write(-128 * sum);

@@ -58,6 +58,7 @@ fn matmul(
     let mut bytes = signed.to_vec();
     repack(kind, &mut bytes, Layout::Signed, kernel.layout());
     let mut a = Quantised::new();
+    a.keep_sums(kind.needs_sums());
     kernel.quantise_rows(Rows::Plain(x), shape.cols(), &mut a, pool);
     let mut y = vec![f32::NAN; a.m() * shape.rows()];
     kernel.matmul(
@@ -368,4 +369,17 @@ fn the_expected_kernels_are_there() {
         Ok(expected) => assert_eq!(names.join(","), expected),
         Err(_) => assert!(names.starts_with(&["scalar"]) && names.ends_with(&["reference"])),
     }
+}
+
+#[test]
+#[should_panic(expected = "lack the sums")]
+fn activations_without_sums_are_not_for_affine_weights() {
+    let shape = Shape::new(16, 32).unwrap();
+    let bytes = weight(&mut Random(1), Kind::Q4, shape, false);
+    let (kernel, pool) = (scalar(), Pool::new(1));
+    let mut a = Quantised::new();
+    a.keep_sums(false);
+    kernel.quantise_rows(Rows::Plain(&[1.0; 32]), 32, &mut a, &pool);
+    let weight = Packed::new(Kind::Q4, shape, kernel.layout(), &bytes).unwrap();
+    kernel.matmul(weight, &a, &mut [0.0; 16], &pool);
 }
