@@ -235,19 +235,7 @@ fn products<S: Simd, E: Element, const Q: usize, const V: usize>(
     at: usize,
     p: &mut [[f32; KV_BLOCK]; Q],
 ) {
-    let rows = keys.as_chunks::<KV_BLOCK>().0;
-    let q = q.map(|q| &q[..rows.len()]);
-    let mut sums = [[s.splat(0.0); V]; Q];
-    for (dim, row) in rows.iter().enumerate() {
-        let row = row[at..at + 16 * V].as_chunks::<16>().0;
-        for vector in 0..V {
-            let k = E::load(s, &row[vector]);
-            for query in 0..Q {
-                let x = s.splat(q[query][dim]);
-                sums[query][vector] = s.fma(k, x, sums[query][vector]);
-            }
-        }
-    }
+    let sums = add_rows(s, [[s.splat(0.0); V]; Q], keys, KV_BLOCK, at, q);
     for query in 0..Q {
         let out = p[query][at..at + 16 * V].as_chunks_mut::<16>().0;
         for vector in 0..V {
@@ -365,17 +353,8 @@ fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
     }
     // One slice: an iterator that skips and takes keeps its state in registers that the sums need.
     let p = p.each_ref().map(|p| &p[keys.clone()]);
-    let rows = values[keys.start * head..keys.end * head].chunks_exact(head);
-    for (key, row) in rows.enumerate() {
-        let row = row[at..at + 16 * V].as_chunks().0;
-        for vector in 0..V {
-            let v = E::load(s, &row[vector]);
-            for query in 0..Q {
-                let weight = s.splat(p[query][key]);
-                sums[query][vector] = s.fma(weight, v, sums[query][vector]);
-            }
-        }
-    }
+    let values = &values[keys.start * head..keys.end * head];
+    let sums = add_rows(s, sums, values, head, at, p);
     for query in 0..Q {
         let new = out[query][at..at + 16 * V].as_chunks_mut().0;
         for vector in 0..V {
@@ -383,6 +362,31 @@ fn weigh<S: Simd, E: Element, const Q: usize, const V: usize>(
         }
     }
     16 * V
+}
+
+/// `sums + x · rows` for the `16 · V` columns from `at` on of rows of `stride`, one after the other.
+#[inline(always)]
+fn add_rows<S: Simd, E: Element, const Q: usize, const V: usize>(
+    s: S,
+    mut sums: [[S::F; V]; Q],
+    rows: &[E],
+    stride: usize,
+    at: usize,
+    x: [&[f32]; Q],
+) -> [[S::F; V]; Q] {
+    let rows = rows.chunks_exact(stride);
+    let x = x.map(|x| &x[..rows.len()]);
+    for (index, row) in rows.enumerate() {
+        let row = row[at..at + 16 * V].as_chunks().0;
+        for vector in 0..V {
+            let y = E::load(s, &row[vector]);
+            for query in 0..Q {
+                let x = s.splat(x[query][index]);
+                sums[query][vector] = s.fma(x, y, sums[query][vector]);
+            }
+        }
+    }
+    sums
 }
 
 /// `accumulate` for the last, fewer than sixteen, dimensions from `at` on.

@@ -3,7 +3,7 @@
 
 use crate::packed::{BLOCK, Bits, Packed, Scales, TILE_ROWS};
 use crate::pool::{Pool, Shareable};
-use crate::quantised::{GROUP, GroupView, Quantised};
+use crate::quantised::{OCTET, OctetView, Quantised};
 use crate::simd::{self, Activations, Simd, Weights};
 use std::ops::Range;
 
@@ -128,7 +128,7 @@ fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, o
     let mut tile = tiles.start;
     while tile < tiles.end {
         // A few tokens wait for memory, which several streams at once slow down.
-        if S::TILES == 3 && a.m() > GROUP && tile + 3 <= tiles.end {
+        if S::TILES == 3 && a.m() > OCTET && tile + 3 <= tiles.end {
             tokens::<S, F, 3>(s, w, tile, tiles.end, a, out);
             tile += 3;
         } else {
@@ -149,18 +149,19 @@ fn tokens<S: Simd, F: Form, const R: usize>(
     out: &Output,
 ) {
     let next = w.tiles(tile + R..end.min(tile + 2 * R));
-    let groups = a.m().div_ceil(GROUP);
+    let octets = a.m().div_ceil(OCTET);
     let mut weights: [&[u8]; R] = [&[]; R];
     for index in 0..R {
         weights[index] = w.tile(tile + index);
     }
-    for group in 0..groups {
-        let (view, base) = (a.group(group), group * GROUP);
-        let tokens = GROUP.min(a.m() - base);
+    for octet in 0..octets {
+        // The first octet would otherwise wait for all of it.
+        s.prefetch(&next[Pool::split(next.len(), octet, octets)]);
+        let (view, base) = (a.octet(octet), octet * OCTET);
+        let tokens = OCTET.min(a.m() - base);
         let mut first = 0;
         while first < tokens {
             let at = Place { tile, base, first };
-            s.prefetch(&next[Pool::split(next.len(), (base + first) / 4, a.m().div_ceil(4))]);
             first += match tokens - first {
                 8.. if S::TOKENS >= 8 && R == 1 => step::<S, F, 8, R>(s, weights, view, at, out),
                 4.. if S::TOKENS >= 4 => step::<S, F, 4, R>(s, weights, view, at, out),
@@ -175,17 +176,17 @@ fn tokens<S: Simd, F: Form, const R: usize>(
 struct Place {
     /// The first tile.
     tile: usize,
-    /// First token of the group, and of this step within the group.
+    /// First token of the octet, and of this step within the octet.
     base: usize,
     first: usize,
 }
 
-/// `R` tiles of sixteen rows times `T` tokens of a group.
+/// `R` tiles of sixteen rows times `T` tokens of an octet.
 #[inline(always)]
 fn step<S: Simd, F: Form, const T: usize, const R: usize>(
     s: S,
     w: [&[u8]; R],
-    a: GroupView,
+    a: OctetView,
     at: Place,
     out: &Output,
 ) -> usize {
@@ -240,10 +241,10 @@ fn step<S: Simd, F: Form, const T: usize, const R: usize>(
 }
 
 #[inline(always)]
-fn part<X, const T: usize>(group: &[X; GROUP], first: usize) -> &[X; T] {
-    group[first..first + T]
+fn part<X, const T: usize>(octet: &[X; OCTET], first: usize) -> &[X; T] {
+    octet[first..first + T]
         .try_into()
-        .expect("a group has the tokens")
+        .expect("an octet has the tokens")
 }
 
 /// The exact dot products of one group of columns.

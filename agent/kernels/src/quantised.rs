@@ -1,22 +1,22 @@
 //! A buffer of quantised activations, reused from step to step.
-//! Groups of eight tokens lie together, `[group][block][token: 8]`, so that a register tile of tokens reads one stream.
+//! Octets of tokens lie together, `[octet][block][token: 8]`, so that a register tile of tokens reads one stream.
 
 use crate::packed::{BLOCK, Kind};
 use crate::pool::Shareable;
 use std::marker::PhantomData;
 
 /// Tokens that lie together.
-pub(crate) const GROUP: usize = 8;
+pub(crate) const OCTET: usize = 8;
 
 /// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and sums. Also plain f32,
 /// which is what the `reference` kernel keeps instead.
 pub struct Quantised {
     m: usize,
     k: usize,
-    q: Vec<[[i8; BLOCK]; GROUP]>,
-    scale: Vec<[f32; GROUP]>,
+    q: Vec<[[i8; BLOCK]; OCTET]>,
+    scale: Vec<[f32; OCTET]>,
     /// −128 times the sum of the block: what symmetric 8-bit weights need, and apart since they are the usual ones.
-    offset: Vec<[i32; GROUP]>,
+    offset: Vec<[i32; OCTET]>,
     sums: Vec<Sums>,
     /// Whether they are written.
     keeps_sums: bool,
@@ -29,18 +29,18 @@ pub struct Quantised {
 #[derive(Copy, Clone, Default)]
 pub(crate) struct Sums {
     /// −128 times the sum of each half.
-    pub(crate) offset: [[i32; GROUP]; 2],
+    pub(crate) offset: [[i32; OCTET]; 2],
     /// The sum of the block, and of each half, times the scale.
-    pub(crate) block: [f32; GROUP],
-    pub(crate) half: [[f32; GROUP]; 2],
+    pub(crate) block: [f32; OCTET],
+    pub(crate) half: [[f32; OCTET]; 2],
 }
 
-/// Activations of a group of tokens, all `[blocks]`.
+/// Activations of an octet of tokens, all `[blocks]`.
 #[derive(Copy, Clone)]
-pub(crate) struct GroupView<'a> {
-    pub(crate) q: &'a [[[i8; BLOCK]; GROUP]],
-    pub(crate) scale: &'a [[f32; GROUP]],
-    pub(crate) offset: &'a [[i32; GROUP]],
+pub(crate) struct OctetView<'a> {
+    pub(crate) q: &'a [[[i8; BLOCK]; OCTET]],
+    pub(crate) scale: &'a [[f32; OCTET]],
+    pub(crate) offset: &'a [[i32; OCTET]],
     pub(crate) sums: &'a [Sums],
 }
 
@@ -89,13 +89,13 @@ impl Quantised {
         // Nothing holds if what follows panics.
         (self.m, self.k) = (0, 0);
         let blocks = m
-            .div_ceil(GROUP)
+            .div_ceil(OCTET)
             .checked_mul(k / BLOCK)
             .expect("activations fit the memory");
         if blocks > self.q.len() {
-            self.q.resize(blocks, [[0; BLOCK]; GROUP]);
-            self.scale.resize(blocks, [0.0; GROUP]);
-            self.offset.resize(blocks, [0; GROUP]);
+            self.q.resize(blocks, [[0; BLOCK]; OCTET]);
+            self.scale.resize(blocks, [0.0; OCTET]);
+            self.offset.resize(blocks, [0; OCTET]);
             self.sums.resize(blocks, Sums::default());
         }
         (self.m, self.k) = (m, k);
@@ -117,7 +117,7 @@ impl Quantised {
             token < self.m && block < self.k / BLOCK,
             "no block {block} of token {token}"
         );
-        let (at, lane) = (token / GROUP * (self.k / BLOCK) + block, token % GROUP);
+        let (at, lane) = (token / OCTET * (self.k / BLOCK) + block, token % OCTET);
         (
             &self.q[at][lane],
             self.scale[at][lane],
@@ -126,10 +126,10 @@ impl Quantised {
     }
 
     #[inline(always)]
-    pub(crate) fn group(&self, group: usize) -> GroupView<'_> {
+    pub(crate) fn octet(&self, octet: usize) -> OctetView<'_> {
         let blocks = self.k / BLOCK;
-        let range = group * blocks..(group + 1) * blocks;
-        GroupView {
+        let range = octet * blocks..(octet + 1) * blocks;
+        OctetView {
             q: &self.q[range.clone()],
             scale: &self.scale[range.clone()],
             offset: &self.offset[range.clone()],
@@ -160,21 +160,21 @@ impl Quantised {
 pub(crate) struct Slots {
     m: usize,
     blocks: usize,
-    q: Shareable<[[i8; BLOCK]; GROUP]>,
-    scale: Shareable<[f32; GROUP]>,
-    offset: Shareable<[i32; GROUP]>,
+    q: Shareable<[[i8; BLOCK]; OCTET]>,
+    scale: Shareable<[f32; OCTET]>,
+    offset: Shareable<[i32; OCTET]>,
     sums: Option<Shareable<Sums>>,
 }
 
 /// Write access to one token.
 pub(crate) struct Slot<'a> {
-    /// Of the token's group, at its first block.
-    q: *mut [[i8; BLOCK]; GROUP],
-    scale: *mut [f32; GROUP],
-    offset: *mut [i32; GROUP],
+    /// Of the token's octet, at its first block.
+    q: *mut [[i8; BLOCK]; OCTET],
+    scale: *mut [f32; OCTET],
+    offset: *mut [i32; OCTET],
     sums: Option<*mut Sums>,
     blocks: usize,
-    /// The token's place in its group.
+    /// The token's place in its octet.
     lane: usize,
     slots: PhantomData<&'a Slots>,
 }
@@ -185,8 +185,8 @@ impl Slots {
     /// token exists.
     pub(crate) unsafe fn token(&self, token: usize) -> Slot<'_> {
         assert!(token < self.m, "token {token} of {}", self.m);
-        let first = token / GROUP * self.blocks;
-        // SAFETY: the group of a token that exists has its first block in each array.
+        let first = token / OCTET * self.blocks;
+        // SAFETY: the octet of a token that exists has its first block in each array.
         unsafe {
             Slot {
                 q: self.q.at(first),
@@ -194,7 +194,7 @@ impl Slots {
                 offset: self.offset.at(first),
                 sums: self.sums.as_ref().map(|sums| sums.at(first)),
                 blocks: self.blocks,
-                lane: token % GROUP,
+                lane: token % OCTET,
                 slots: PhantomData,
             }
         }
@@ -207,7 +207,7 @@ impl Slot<'_> {
     pub(crate) fn put(&mut self, block: usize, q: [[i8; 16]; 2], scale: f32, halves: [i32; 2]) {
         assert!(block < self.blocks);
         let (lane, sum) = (self.lane, halves[0] + halves[1]);
-        // SAFETY: the group has this block, and `lane` is below GROUP. This token is written through this slot only,
+        // SAFETY: the octet has this block, and `lane` is below OCTET. This token is written through this slot only,
         // element by element; no reference is made, since other tokens' elements lie between.
         unsafe {
             (&raw mut (*self.q.add(block))[lane])

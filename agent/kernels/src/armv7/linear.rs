@@ -2,7 +2,7 @@
 
 use crate::matmul::Output;
 use crate::packed::{BLOCK, Kind, Packed, TILE_ROWS};
-use crate::quantised::{GROUP, GroupView, Quantised, Sums};
+use crate::quantised::{OCTET, OctetView, Quantised, Sums};
 use std::arch::global_asm;
 use std::ops::Range;
 
@@ -10,8 +10,8 @@ global_asm!(include_str!("linear.s"), options(raw));
 
 // The strides in linear.s.
 const _: () = {
-    assert!(size_of::<[[i8; BLOCK]; GROUP]>() == 256);
-    assert!(size_of::<[f32; GROUP]>() == 32 && size_of::<Sums>() == 160);
+    assert!(size_of::<[[i8; BLOCK]; OCTET]>() == 256);
+    assert!(size_of::<[f32; OCTET]>() == 32 && size_of::<Sums>() == 160);
 };
 
 /// What a function of linear.s is called with.
@@ -70,13 +70,13 @@ linears! {
 pub(crate) unsafe fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let steps = linear(w.kind());
     for tile in tiles {
-        for group in 0..a.m().div_ceil(GROUP) {
-            let (view, base) = (a.group(group), group * GROUP);
-            let tokens = GROUP.min(a.m() - base);
+        for octet in 0..a.m().div_ceil(OCTET) {
+            let (view, base) = (a.octet(octet), octet * OCTET);
+            let tokens = OCTET.min(a.m() - base);
             for first in (0..tokens).step_by(2) {
                 let count = (tokens - first).min(2);
                 let mut sums = [[0.0; TILE_ROWS]; 2];
-                // SAFETY: the caller's promise, and `count` tokens from `first` on are the group's.
+                // SAFETY: the caller's promise, and `count` tokens from `first` on are the octet's.
                 unsafe { step(steps[count - 1], w, tile, view, first, &mut sums) }
                 for (token, sums) in sums.iter().take(count).enumerate() {
                     out.put(Scalar, base + first + token, tile, *sums);
@@ -87,13 +87,13 @@ pub(crate) unsafe fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &
 }
 
 /// # Safety
-/// The CPU has what [`detect`](super::detect) asks for; `linear` is the kind's, for a number of tokens that the group
+/// The CPU has what [`detect`](super::detect) asks for; `linear` is the kind's, for a number of tokens that the octet
 /// has from `first` on.
 unsafe fn step(
     linear: Linear,
     w: Packed,
     tile: usize,
-    a: GroupView,
+    a: OctetView,
     first: usize,
     out: &mut [[f32; TILE_ROWS]; 2],
 ) {
@@ -112,6 +112,6 @@ unsafe fn step(
         sum: sum.cast::<f32>().wrapping_add(first),
         out: out.as_mut_ptr(),
     };
-    // SAFETY: the tile and the group have `blocks` blocks each, one at least, by the assertion and `Packed`.
+    // SAFETY: the tile and the octet have `blocks` blocks each, one at least, by the assertion and `Packed`.
     unsafe { linear(&step) }
 }
