@@ -150,9 +150,9 @@ fn all_that_waited_at_the_broker_is_answered_however_much_it_is() {
     for n in 0..200 {
         mes.generate(&format!("small-{n}"), 1);
     }
-    // 12.5 MB, more than the agent takes in at once.
+    // 20 MB, more than the agent takes in at once.
     let prompt = "x ".repeat(125_000);
-    for n in 0..50 {
+    for n in 0..80 {
         let id = format!("large-{n}");
         mes.task(&json!({ "id": id, "kind": "generate", "prompt": prompt, "max_tokens": 1 }));
     }
@@ -160,7 +160,7 @@ fn all_that_waited_at_the_broker_is_answered_however_much_it_is() {
     witness.next("the last task", |m| m.json()["id"] == "last");
     agent.restart();
     let small = (0..200).map(|n| (format!("small-{n}"), "done"));
-    let large = (0..50).map(|n| (format!("large-{n}"), "context_overflow"));
+    let large = (0..80).map(|n| (format!("large-{n}"), "context_overflow"));
     for (id, expected) in small.chain(large) {
         let outcome = mes.outcome(&id);
         let said = [&outcome["event"], &outcome["code"]];

@@ -100,7 +100,7 @@ where
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
-            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(message)?,
+            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(&message)?,
             report = reports.recv() => match report {
                 Some(report) => agent.on_report(report)?,
                 None => break Err(anyhow!("the model's thread died; the log above says of what")),

@@ -174,7 +174,7 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     /// Decides on a message, keeps the decision, and only then acknowledges it.
-    pub fn on_message(&mut self, message: Message) -> Result<()> {
+    pub fn on_message(&mut self, message: &Message) -> Result<()> {
         if message.publish.qos != QoS::AtMostOnce && !self.parts.link.is_on(message.generation) {
             // Its connection is gone: the broker delivers it again, and it is decided then, once.
             return Ok(());
@@ -201,7 +201,7 @@ impl<P: Prepare> Dispatcher<P> {
             }
             Wish::Nothing(why) => tracing::warn!("a message can't be answered: {why}"),
         }
-        self.parts.link.ack(message.generation, message.publish);
+        self.parts.link.ack(message.generation, &message.publish);
         Ok(())
     }
 

@@ -96,7 +96,7 @@ async fn a_flood_is_taken_in_portions_and_in_order_and_nothing_is_lost() {
         port,
         credentials: None,
         client_id: "gw".into(),
-        keep_alive: Duration::from_secs(5),
+        keep_alive: Duration::from_mins(1),
         session_expiry: Duration::from_mins(1),
         tls: None,
         will: None,
@@ -117,7 +117,7 @@ async fn a_flood_is_taken_in_portions_and_in_order_and_nothing_is_lost() {
             message = inbox.messages.recv() => {
                 let message = message.unwrap();
                 taken.push(message.publish.pkid);
-                link.ack(message.generation, message.publish);
+                link.ack(message.generation, &message.publish);
             }
         }
     }

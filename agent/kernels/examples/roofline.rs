@@ -44,6 +44,7 @@ fn main() {
         {
             for m in [1, 4, 64] {
                 let mut buffers = Buffers::default();
+                buffers.a.keep_sums(kind.needs_sums());
                 let best = fastest(groups.len(), &mut |clock| {
                     let mut rest = &packed[..];
                     for group in &groups {

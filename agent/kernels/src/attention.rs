@@ -178,11 +178,15 @@ fn several<S: Simd, E: Element, const Q: usize>(
     }
     scores(s, q, view.keys, present[Q - 1], &mut p);
     if let Some((scales, _)) = view.scales {
-        p.iter_mut().for_each(|p| times(s, p, scales));
+        for p in &mut p {
+            times(s, p, scales);
+        }
     }
     let decay = soften(s, &mut p, present, scale, running);
     if let Some((_, scales)) = view.scales {
-        p.iter_mut().for_each(|p| times(s, p, scales));
+        for p in &mut p {
+            times(s, p, scales);
+        }
     }
     // What all of them see, then what only the later ones do.
     let mut out = outputs::<Q>(queries);

@@ -51,6 +51,9 @@ pub(crate) fn evaluate<S: Simd>(s: S, row: Row, out: &mut [f32]) {
     for (index, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
         s.store(element(s, row, factor, index * 16), out);
     }
+    if whole == out.len() {
+        return;
+    }
     let padded = |x: &[f32]| {
         let mut lanes = [0.0; 16];
         lanes[..x.len() - whole].copy_from_slice(&x[whole..]);

@@ -18,8 +18,9 @@ pub struct Quantised {
     /// −128 times the sum of the block: what symmetric 8-bit weights need, and apart since they are the usual ones.
     offset: Vec<[i32; OCTET]>,
     sums: Vec<Sums>,
-    /// Whether they are written.
+    /// Whether they are to be written, from the next `resize` on, and whether they are.
     keeps_sums: bool,
+    has_sums: bool,
     pub(crate) plain: Vec<f32>,
     /// Which of the two was written last.
     pub(crate) is_plain: bool,
@@ -61,20 +62,21 @@ impl Quantised {
             offset: Vec::new(),
             sums: Vec::new(),
             keeps_sums: true,
+            has_sums: true,
             plain: Vec::new(),
             is_plain: false,
         }
     }
 
-    /// Whether what is quantised from now on is for weights that [need sums](crate::packed::Kind::needs_sums). To keep
-    /// them takes time.
+    /// Whether what is quantised after the next [`resize`](Self::resize) is for weights that
+    /// [need sums](crate::packed::Kind::needs_sums). To keep them takes time.
     pub fn keep_sums(&mut self, keep: bool) {
         self.keeps_sums = keep;
     }
 
     /// Whether weights of this kind can be multiplied with it.
     pub(crate) fn suits(&self, kind: Kind) -> bool {
-        self.keeps_sums || !kind.needs_sums()
+        self.has_sums || !kind.needs_sums()
     }
 
     /// Makes it `[m, k]`. Allocates only to become larger than it ever was; what it holds afterwards is unspecified.
@@ -98,7 +100,7 @@ impl Quantised {
             self.offset.resize(blocks, [0; OCTET]);
             self.sums.resize(blocks, Sums::default());
         }
-        (self.m, self.k) = (m, k);
+        (self.m, self.k, self.has_sums) = (m, k, self.keeps_sums);
     }
 
     /// Tokens.
@@ -151,7 +153,7 @@ impl Quantised {
             q: Shareable(self.q.as_mut_ptr()),
             scale: Shareable(self.scale.as_mut_ptr()),
             offset: Shareable(self.offset.as_mut_ptr()),
-            sums: self.keeps_sums.then(|| Shareable(self.sums.as_mut_ptr())),
+            sums: self.has_sums.then_some(Shareable(self.sums.as_mut_ptr())),
         }
     }
 }

@@ -142,7 +142,7 @@ pub(crate) trait Simd: Copy {
         fold(lanes, |a, b| a + b)
     }
 
-    /// The largest lane, where none is NaN.
+    /// The largest lane, where none is NaN; which zero it is, if it is one, is not promised.
     #[inline(always)]
     fn max_lane(self, x: Self::F) -> f32 {
         let mut lanes = [0.0; 16];

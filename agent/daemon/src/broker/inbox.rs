@@ -32,7 +32,7 @@ pub(super) fn open() -> (Intake, mpsc::Receiver<Message>) {
 impl Intake {
     /// Takes a message in, or leaves it: at the broker, unacknowledged, if it is of QoS 1.
     pub(super) fn take(&mut self, publish: Publish, generation: u64) {
-        let owed = publish.qos != QoS::AtMostOnce;
+        let owed = publish.qos == QoS::AtLeastOnce;
         if owed && self.overflowed {
             return;
         }
@@ -51,9 +51,10 @@ impl Intake {
         self.owed = self.owed.saturating_sub(1);
     }
 
-    /// Whether messages were left and all that were taken are acknowledged.
+    /// Whether messages were left and all that were taken are gone: from the last connection too, or a new one would
+    /// find no room either.
     pub(super) fn is_behind(&self) -> bool {
-        self.overflowed && self.owed == 0
+        self.overflowed && self.owed == 0 && self.messages.capacity() == INBOX_MESSAGES_MAX
     }
 
     /// Another connection: the broker sends again what it saw no acknowledgement of.
@@ -114,6 +115,22 @@ mod tests {
             intake.take(message(QoS::AtLeastOnce, bytes), 2);
             assert_eq!(held(&mut messages), 1);
         }
+    }
+
+    #[tokio::test]
+    async fn what_an_old_connection_left_is_not_run_away_from() {
+        let (mut intake, mut messages) = open();
+        for _ in 0..=INBOX_MESSAGES_MAX {
+            intake.take(message(QoS::AtLeastOnce, 10), 1);
+        }
+        intake.reset();
+        intake.take(message(QoS::AtLeastOnce, 10), 2);
+        assert!(
+            !intake.is_behind(),
+            "a third connection would find no room either"
+        );
+        assert_eq!(held(&mut messages), INBOX_MESSAGES_MAX);
+        assert!(intake.is_behind());
     }
 
     #[tokio::test]

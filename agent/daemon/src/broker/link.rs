@@ -212,11 +212,15 @@ impl Link {
 
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to
     /// another message, and the broker sends it again anyway.
-    pub fn ack(&self, generation: u64, mut publish: Publish) {
+    pub fn ack(&self, generation: u64, publish: &Publish) {
         let mut shared = self.lock();
         if shared.online && shared.generation == generation && publish.qos != QoS::AtMostOnce {
-            publish.payload.clear();
-            shared.acks.push_back(publish);
+            // Not what it holds: a slice of it would keep all of it.
+            shared.acks.push_back(Publish {
+                qos: publish.qos,
+                pkid: publish.pkid,
+                ..Publish::default()
+            });
             self.flush(&mut shared);
         }
     }

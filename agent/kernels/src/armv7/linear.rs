@@ -3,6 +3,7 @@
 use crate::matmul::Output;
 use crate::packed::{BLOCK, Kind, Packed, TILE_ROWS};
 use crate::quantised::{OCTET, OctetView, Quantised, Sums};
+use crate::scalar::Scalar;
 use std::arch::global_asm;
 use std::ops::Range;
 

@@ -249,6 +249,11 @@ unsafe fn four(a: &Activations, k4: usize) -> __m512i {
 /// registers and lines up products that wait for each other.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
+#[allow(
+    unused_assignments,
+    unused_variables,
+    reason = "two registers are only for the assembly"
+)]
 unsafe fn three_by_four(
     sums: &mut [[__m512i; 4]; 3],
     x: &[__m512i; 3],
@@ -260,7 +265,8 @@ unsafe fn three_by_four(
         [s10, s11, s12, s13],
         [s20, s21, s22, s23],
     ] = sums;
-    let (mut _even, mut _odd): (__m512i, __m512i);
+    // Without a type, the assembler would be given names of byte registers.
+    let (mut even, mut odd): (__m512i, __m512i);
     // SAFETY: four bytes from 4 · `k4` on lie within each token's sixteen; the caller has the features.
     unsafe {
         asm!(
@@ -280,7 +286,7 @@ unsafe fn three_by_four(
             "vpdpbusd {s03}, {x0}, {odd}",
             "vpdpbusd {s13}, {x1}, {odd}",
             "vpdpbusd {s23}, {x2}, {odd}",
-            even = out(zmm_reg) _even, odd = out(zmm_reg) _odd,
+            even = out(zmm_reg) even, odd = out(zmm_reg) odd,
             x0 = in(zmm_reg) x[0], x1 = in(zmm_reg) x[1], x2 = in(zmm_reg) x[2],
             s00 = inout(zmm_reg) *s00, s01 = inout(zmm_reg) *s01,
             s02 = inout(zmm_reg) *s02, s03 = inout(zmm_reg) *s03,
