@@ -24,14 +24,28 @@ pub(crate) enum Row<'a> {
     },
 }
 
-/// Sixteen elements of a row from `at` on. `factor` is the norm's.
+/// Sixteen elements of a row from `at` on; all that are left, and zeros, if `REST`. `factor` is the norm's.
 #[inline(always)]
-fn element<S: Simd>(s: S, row: Row, factor: S::F, at: usize) -> S::F {
-    let load = |x: &[f32]| s.load(x[at..].first_chunk().expect("sixteen elements"));
+fn elements<S: Simd, const REST: bool>(s: S, row: Row, factor: S::F, at: usize) -> S::F {
     match row {
-        Row::Plain(x) => load(x),
-        Row::Normed { x, gamma, .. } => s.mul(s.mul(load(x), factor), load(gamma)),
-        Row::Gated { gate, up } => s.mul(silu(s, load(gate)), load(up)),
+        Row::Plain(x) => lanes::<S, REST>(s, x, at),
+        Row::Normed { x, gamma, .. } => s.mul(
+            s.mul(lanes::<S, REST>(s, x, at), factor),
+            lanes::<S, REST>(s, gamma, at),
+        ),
+        Row::Gated { gate, up } => s.mul(
+            silu(s, lanes::<S, REST>(s, gate, at)),
+            lanes::<S, REST>(s, up, at),
+        ),
+    }
+}
+
+#[inline(always)]
+fn lanes<S: Simd, const REST: bool>(s: S, x: &[f32], at: usize) -> S::F {
+    if REST {
+        s.load_part(&x[at..])
+    } else {
+        s.load(x[at..].first_chunk().expect("sixteen elements"))
     }
 }
 
@@ -47,41 +61,14 @@ fn factor<S: Simd>(s: S, row: Row) -> S::F {
 #[inline(always)]
 pub(crate) fn evaluate<S: Simd>(s: S, row: Row, out: &mut [f32]) {
     let factor = factor(s, row);
-    let whole = out.len() / 16 * 16;
-    for (index, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-        s.store(element(s, row, factor, index * 16), out);
+    let (whole, rest) = out.as_chunks_mut();
+    for (index, out) in whole.iter_mut().enumerate() {
+        s.store(elements::<S, false>(s, row, factor, index * 16), out);
     }
-    if whole == out.len() {
-        return;
+    if !rest.is_empty() {
+        let x = elements::<S, true>(s, row, factor, whole.len() * 16);
+        s.store_part(x, rest);
     }
-    let padded = |x: &[f32]| {
-        let mut lanes = [0.0; 16];
-        lanes[..x.len() - whole].copy_from_slice(&x[whole..]);
-        lanes
-    };
-    let (first, second);
-    let rest = match row {
-        Row::Plain(x) => {
-            first = padded(x);
-            Row::Plain(&first)
-        }
-        Row::Normed { x, gamma, eps } => {
-            (first, second) = (padded(x), padded(gamma));
-            Row::Normed {
-                x: &first,
-                gamma: &second,
-                eps,
-            }
-        }
-        Row::Gated { gate, up } => {
-            (first, second) = (padded(gate), padded(up));
-            Row::Gated {
-                gate: &first,
-                up: &second,
-            }
-        }
-    };
-    s.store_part(element(s, rest, factor, 0), &mut out[whole..]);
 }
 
 /// Quantises a row of `blocks` · 32 elements.
@@ -89,8 +76,8 @@ pub(crate) fn evaluate<S: Simd>(s: S, row: Row, out: &mut [f32]) {
 pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, slot: &mut Slot) {
     let factor = factor(s, row);
     for block in 0..blocks {
-        let low = s.nan_to_zero(element(s, row, factor, block * 32));
-        let high = s.nan_to_zero(element(s, row, factor, block * 32 + 16));
+        let low = s.nan_to_zero(elements::<S, false>(s, row, factor, block * 32));
+        let high = s.nan_to_zero(elements::<S, false>(s, row, factor, block * 32 + 16));
         let amax = s.max_lane(s.max(s.abs(low), s.abs(high)));
         let mut q = [[0; 16]; 2];
         if amax >= AMAX_MIN && amax.is_finite() {
