@@ -91,6 +91,7 @@ impl Buffers {
             jobs.push(Job {
                 weight,
                 y,
+                bias: None,
                 residual: None,
             });
         }

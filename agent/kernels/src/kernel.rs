@@ -260,16 +260,13 @@ impl Kernel {
     /// # Panics
     /// If the sizes or the layout don't fit.
     pub fn matmul(&self, weight: Packed, a: &Quantised, y: &mut [f32], pool: &Pool) {
-        let residual = None;
-        self.matmuls(
-            &mut [Job {
-                weight,
-                y,
-                residual,
-            }],
-            a,
-            pool,
-        );
+        let job = Job {
+            weight,
+            y,
+            bias: None,
+            residual: None,
+        };
+        self.matmuls(&mut [job], a, pool);
     }
 
     /// Several linears of the same activations in one dispatch.
@@ -288,6 +285,10 @@ impl Kernel {
                 job.y.len(),
                 a.m() * shape.rows(),
                 "the output is not [m, rows]"
+            );
+            assert!(
+                job.bias.is_none_or(|bias| bias.len() == shape.rows()),
+                "the bias is not [rows]"
             );
             assert!(
                 job.residual
@@ -317,9 +318,14 @@ impl Kernel {
             for index in 0..count {
                 // SAFETY: in bounds, and the jobs are borrowed until the pool is done. No reference to the output
                 // is made, only a pointer from the one that the job holds.
-                let (weight, residual, y) = unsafe {
+                let (weight, bias, residual, y) = unsafe {
                     let job = base.at(index);
-                    ((*job).weight, (*job).residual, &raw mut *(*job).y)
+                    (
+                        (*job).weight,
+                        (*job).bias,
+                        (*job).residual,
+                        &raw mut *(*job).y,
+                    )
                 };
                 let tiles = weight.shape().tiles();
                 let bounds = (before, before + tiles);
@@ -327,8 +333,8 @@ impl Kernel {
                     ..mine.end.clamp(bounds.0, bounds.1) - before;
                 before += tiles;
                 // SAFETY: `y` is borrowed as the jobs are, and the ranges of the workers are disjoint.
-                let out =
-                    unsafe { Output::new(y.cast(), y.len(), weight.shape().rows(), residual) };
+                let rows = weight.shape().rows();
+                let out = unsafe { Output::new(y.cast(), y.len(), rows, bias, residual) };
                 if self.reference {
                     crate::reference::tiles(weight, range, a, &out);
                 } else {

@@ -12,13 +12,16 @@ pub struct Job<'a> {
     pub weight: Packed<'a>,
     /// `[m, rows]`, overwritten.
     pub y: &'a mut [f32],
-    /// `[m, rows]`, added to the result.
+    /// `[rows]`, added to every token's result.
+    pub bias: Option<&'a [f32]>,
+    /// `[m, rows]`, added after that.
     pub residual: Option<&'a [f32]>,
 }
 
 /// Where the results of one linear go, `[m, rows]`; workers write disjoint tiles of it.
 pub(crate) struct Output<'a> {
     y: Shareable<f32>,
+    bias: Option<&'a [f32]>,
     residual: Option<&'a [f32]>,
     m: usize,
     rows: usize,
@@ -32,9 +35,11 @@ impl<'a> Output<'a> {
         y: *mut f32,
         len: usize,
         rows: usize,
+        bias: Option<&'a [f32]>,
         residual: Option<&'a [f32]>,
     ) -> Self {
         Self {
+            bias,
             residual,
             m: len / rows,
             rows,
@@ -49,6 +54,10 @@ impl<'a> Output<'a> {
         assert!(token < self.m && row < self.rows);
         let count = TILE_ROWS.min(self.rows - row);
         let at = token * self.rows + row;
+        let sums = match self.bias {
+            Some(bias) => s.add(sums, s.load_part(&bias[row..row + count])),
+            None => sums,
+        };
         let sums = match self.residual {
             Some(residual) => s.add(sums, s.load_part(&residual[at..at + count])),
             None => sums,

@@ -156,7 +156,8 @@ fn several_linears_in_one_dispatch() {
     let mut random = Random(4);
     let x = random.floats(5 * 128, false);
     let residual = random.floats(5 * 30, false);
-    // Kinds may be mixed, and one has a residual.
+    let bias = random.floats(64, false);
+    // Kinds may be mixed; one has a residual and a bias, one a bias alone.
     let shapes = [(30, Kind::I8), (7, Kind::Q4), (64, Kind::I8)]
         .map(|(rows, kind)| (Shape::new(rows, 128).unwrap(), kind));
     let signed = shapes.map(|(shape, kind)| weight(&mut random, kind, shape, false));
@@ -175,6 +176,7 @@ fn several_linears_in_one_dispatch() {
                 jobs.push(Job {
                     weight: Packed::new(*kind, *shape, kernel.layout(), bytes).unwrap(),
                     y,
+                    bias: (shape.rows() != 7).then(|| &bias[..shape.rows()]),
                     residual: None,
                 });
             }
@@ -182,6 +184,11 @@ fn several_linears_in_one_dispatch() {
             kernel.matmuls(&mut jobs, &a, &pool);
             for (((shape, kind), bytes), y) in shapes.iter().zip(&signed).zip(&y) {
                 let mut want = matmul(kernel, *kind, *shape, bytes, &x, &pool);
+                if shape.rows() != 7 {
+                    for (want, bias) in want.iter_mut().zip(bias[..shape.rows()].iter().cycle()) {
+                        *want += bias;
+                    }
+                }
                 if shape.rows() == 30 {
                     for (want, residual) in want.iter_mut().zip(&residual) {
                         *want += residual;
