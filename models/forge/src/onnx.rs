@@ -38,7 +38,8 @@ pub struct Layout {
     /// Whether the data is copied into the graph in the end; the file that held it goes.
     pub inline: bool,
     pub opset: i64,
-    pub producer: String,
+    /// The program that claims the file, and its version.
+    pub producer: [String; 2],
 }
 
 /// An ONNX model being written.
@@ -118,7 +119,7 @@ impl Writer {
             data: dir.join(WEIGHTS),
             inline: false,
             opset: OPSET,
-            producer: "millwright-forge".to_owned(),
+            producer: ["millwright-forge", env!("CARGO_PKG_VERSION")].map(str::to_owned),
         };
         Self::with(layout, name)
     }
@@ -298,10 +299,11 @@ impl Writer {
                 CONTRIB_VERSION
             },
         };
+        let [producer_name, producer_version] = self.layout.producer.clone();
         let model = ModelProto {
             ir_version: ir_version(self.layout.opset),
-            producer_name: self.layout.producer.clone(),
-            producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+            producer_name,
+            producer_version,
             opset_import: domains.into_iter().map(opset).collect(),
             graph: Some(self.graph),
             ..ModelProto::default()

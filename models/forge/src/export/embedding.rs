@@ -27,8 +27,8 @@ impl Decoder<'_> {
                     .weight(WEIGHT, &[rows, columns], || model.values(Part::Embed))?;
                 Ok(self.tape.op(SCOPE, gather, &[WEIGHT, "input_ids"]))
             }
-            Embedding::Tensor { unsigned } => {
-                let [q, scale, zero] = self.table(Group::Everything, unsigned)?;
+            Embedding::Tensor => {
+                let [q, scale, zero] = self.table(Group::Everything, true)?;
                 let rows = self.tape.op(SCOPE, gather, &[&q, "input_ids"]);
                 Ok(self
                     .tape
@@ -71,12 +71,12 @@ impl Decoder<'_> {
         let weight = match self.form.embedding {
             Embedding::Shared => {
                 let form = self.shared_form()?;
-                self.n_bits_product(x, SHARED, linear, form, None)?;
+                self.n_bits_product(x, SHARED, linear, form, None);
                 return Ok(());
             }
             Embedding::Plain => self.tape.transpose(HEAD, WEIGHT, &[1, 0]),
-            Embedding::Tensor { unsigned } => {
-                let [q, scale, zero] = self.table(Group::Everything, unsigned)?;
+            Embedding::Tensor => {
+                let [q, scale, zero] = self.table(Group::Everything, true)?;
                 let q = self.tape.transpose(HEAD, &q, &[1, 0]);
                 self.tape.op(HEAD, "DequantizeLinear", &[&q, &scale, &zero])
             }

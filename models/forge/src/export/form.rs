@@ -72,7 +72,7 @@ pub enum Dequantised {
 pub struct NBits {
     /// 4 or 8.
     pub bits: usize,
-    /// Inputs that share a scale; a row's last block is filled up with zeros.
+    /// Inputs that share a scale; a row's last block is filled up.
     pub block: usize,
     pub zeros: Zeros,
     /// Scales and zero points in one axis, as they were first written.
@@ -98,8 +98,8 @@ pub enum Zeros {
 pub enum Embedding {
     /// `Gather`.
     Plain,
-    /// `Gather` → `DequantizeLinear` with one scale and zero point.
-    Tensor { unsigned: bool },
+    /// `Gather` → `DequantizeLinear`: uint8 with one scale and zero point, whatever the linears are.
+    Tensor,
     /// `DequantizeLinear` → `Gather`: int8 with a scale for each token.
     Rows,
     /// `DequantizeLinear` → `Gather`: uint8 with scale and zero point for blocks of this many numbers.
@@ -245,7 +245,7 @@ const DYNAMIC: Form = Form {
         channel: false,
         swapped: false,
     },
-    embedding: Embedding::Tensor { unsigned: false },
+    embedding: Embedding::Tensor,
     head: Head::Own,
     attention: Attention::Primitive(Vintage::Old),
     interface: Interface::Web("model_int8"),
@@ -307,7 +307,7 @@ pub const PRESETS: &[Form] = &[
     },
     Form {
         name: "dynamic-int8",
-        about: "MatMulInteger, int8 per tensor, zero point 0 written out; int8 embedding, head its own copy",
+        about: "MatMulInteger, int8 per tensor, zero point 0 written out; uint8 embedding, head its own copy",
         ..DYNAMIC
     },
     Form {
@@ -331,7 +331,7 @@ pub const PRESETS: &[Form] = &[
             channel: false,
             swapped: false,
         },
-        embedding: Embedding::Tensor { unsigned: true },
+        embedding: Embedding::Tensor,
         head: Head::Tied,
         interface: Interface::Web("model_quantized"),
         ..DYNAMIC
@@ -344,7 +344,7 @@ pub const PRESETS: &[Form] = &[
             channel: true,
             swapped: false,
         },
-        embedding: Embedding::Tensor { unsigned: true },
+        embedding: Embedding::Tensor,
         head: Head::Tied,
         attention: Attention::Primitive(Vintage::Sdpa),
         interface: Interface::Web("model_quantized"),

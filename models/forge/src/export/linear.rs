@@ -263,7 +263,7 @@ impl Decoder<'_> {
     ) -> Result<String> {
         let weight = self.tape.nameless(linear.scope, "MatMul");
         self.n_bits_weight(&weight, linear.parts, form)?;
-        self.n_bits_product(x, &weight, linear, form, bias)
+        Ok(self.n_bits_product(x, &weight, linear, form, bias))
     }
 
     /// The tensors of a `MatMulNBits`, unless they are there.
@@ -306,7 +306,7 @@ impl Decoder<'_> {
         linear: &Linear<'_>,
         form: NBits,
         bias: Option<&str>,
-    ) -> Result<String> {
+    ) -> String {
         let [rows, columns] = self.sizes(linear.parts);
         let [q, scale, zero] = n_bits_names(weight, form);
         let mut inputs = vec![x, &q, &scale];
@@ -329,11 +329,11 @@ impl Decoder<'_> {
         }
         let Some(out) = linear.out else {
             let tape = &mut self.tape;
-            return Ok(tape.op_with(linear.scope, MATMUL_N_BITS, &inputs, attributes));
+            return tape.op_with(linear.scope, MATMUL_N_BITS, &inputs, attributes);
         };
         let tape = &mut self.tape;
         tape.op_into(linear.scope, MATMUL_N_BITS, &inputs, attributes, &[out]);
-        Ok(out.to_owned())
+        out.to_owned()
     }
 }
 

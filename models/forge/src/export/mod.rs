@@ -86,15 +86,15 @@ fn layout(dir: &Path, form: &Form) -> Layout {
         "onnx_data"
     };
     let producer = match form.interface {
-        Interface::Generative => "onnxruntime-genai",
-        _ if matches!(form.linears, Linears::Dynamic { .. }) => "onnx.quantize",
-        _ => "pytorch",
+        Interface::Generative => ["onnxruntime-genai", "0.9.0"],
+        _ if matches!(form.linears, Linears::Dynamic { .. }) => ["onnx.quantize", "0.1.0"],
+        _ => ["pytorch", "2.7.1"],
     };
     Layout {
         data: graph.with_extension(ending),
         graph,
         inline: form.storage == Storage::Inline,
         opset: form.opset,
-        producer: producer.to_owned(),
+        producer: producer.map(str::to_owned),
     }
 }

@@ -77,7 +77,10 @@ impl Decoder<'_> {
             Gamma::Of(part) => {
                 let mut values = model.values(part)?;
                 if gemma {
-                    values.iter_mut().for_each(|v| *v -= 1.0);
+                    // The graph adds it back.
+                    for value in &mut values {
+                        *value -= 1.0;
+                    }
                 }
                 Ok(values)
             }

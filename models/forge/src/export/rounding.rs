@@ -73,17 +73,16 @@ pub(super) struct Blocks {
     pub(super) packed: Vec<u8>,
 }
 
-/// Quantises by the operator's own rule: without zero points the number of largest magnitude becomes the least
+/// Quantises by the rule of the operator's own tool: without zero points the number of largest magnitude becomes the least
 /// integer, with them least and greatest value are met.
 pub(super) fn blocks(values: &[f32], columns: usize, form: NBits) -> Blocks {
     let mut out = Blocks::default();
-    let mut padded = vec![0.0; form.block];
     for row in values.chunks(columns) {
         let first = out.zeros.len();
         for block in row.chunks(form.block) {
-            padded.fill(0.0);
-            padded[..block.len()].copy_from_slice(block);
-            let (weights, scale, zero) = one_block(&padded, form);
+            let (mut weights, scale, zero) = one_block(block, form);
+            // The integer, not the number: what is beyond a row is never read.
+            weights.resize(form.block, 0);
             out.weights.extend(pack(&weights, form.bits));
             out.scales.push(scale);
             out.zeros.push(zero);
@@ -119,11 +118,14 @@ fn one_block(values: &[f32], form: NBits) -> (Vec<u8>, f32, f32) {
     (values.iter().map(round).collect(), scale, zero)
 }
 
+/// What fills the byte of a row's last zero point, if it has that for itself.
+const ODD: u8 = 8;
+
 fn pack(values: &[u8], bits: usize) -> Vec<u8> {
     if bits == 8 {
         return values.to_vec();
     }
-    let pair = |pair: &[u8]| pair[0] | pair.get(1).copied().unwrap_or(0) << 4;
+    let pair = |pair: &[u8]| pair[0] | pair.get(1).copied().unwrap_or(ODD) << 4;
     values.chunks(2).map(pair).collect()
 }
 
@@ -192,11 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn a_last_block_is_filled_and_zero_points_of_a_row_are_packed() {
+    fn a_last_block_is_filled_with_integers_zero_and_zero_points_of_a_row_are_packed() {
         let values = [0.0, 15.0, 7.0, 1.0, -5.0, 10.0];
         let rounded = blocks(&values, 6, FORM);
         assert_eq!(rounded.scales, [1.0, 1.0]);
-        assert_eq!(rounded.weights, [0xF0, 0x17, 0xF0, 0x55]);
+        assert_eq!(rounded.weights, [0xF0, 0x17, 0xF0, 0x00]);
         assert_eq!(rounded.packed, [0x50]);
         let absent = blocks(
             &values,
