@@ -29,7 +29,7 @@ from oracle import HERE, ORACLE, TINY_PROMPT, Session, forge, rounded, write
 TOKENS, STEPS = 20, 4
 POSITIONS = [0, 13, 19, 20, 23]
 # One for each way to write a bias.
-BIASED = ["f32", "dynamic-int8", "dynamic-int8-channel", "q4", "q4f16", "q8-zp", "qdq-channel", "genai-int4", "merged"]
+BIASED = ["f32", "dynamic-int8", "dynamic-int8-channel", "q4", "q4f16", "q8-zp", "qdq-channel", "genai-int4", "dynamic-uint8-gqa"]
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
 

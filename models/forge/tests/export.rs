@@ -106,7 +106,7 @@ fn every_form_names_each_value_once_and_before_it_is_read() {
 }
 
 /// By its name: the graph's file, operators that it has, and operators that it hasn't.
-const KNOWN_BY: [(&str, &str, &[&str], &[&str]); 27] = [
+const KNOWN_BY: [(&str, &str, &[&str], &[&str]); 29] = [
     (
         "f32",
         "model.onnx",
@@ -155,6 +155,16 @@ const KNOWN_BY: [(&str, &str, &[&str], &[&str]); 27] = [
         &[],
     ),
     (
+        "dynamic-uint8-gqa",
+        "onnx/model_quantized.onnx",
+        &[
+            "MatMulInteger",
+            "GroupQueryAttention",
+            "SkipSimplifiedLayerNormalization",
+        ],
+        &["MatMulNBits", "ReduceMean"],
+    ),
+    (
         "merged",
         "decoder_model_merged.onnx",
         &["If", "MatMulInteger", "Identity"],
@@ -177,6 +187,12 @@ const KNOWN_BY: [(&str, &str, &[&str], &[&str]); 27] = [
     ("q4-float-zp", "onnx/model_q4.onnx", &["MatMulNBits"], &[]),
     (
         "q4f16",
+        "onnx/model_q4f16.onnx",
+        &["MatMulNBits", "Cast"],
+        &[],
+    ),
+    (
+        "q4f16-io",
         "onnx/model_q4f16.onnx",
         &["MatMulNBits", "Cast"],
         &[],
@@ -268,7 +284,10 @@ fn every_form_is_what_its_name_says() {
             assert!(!operators.contains(operator), "{name} has {operator}");
         }
         let inputs: Vec<&str> = graph.input.iter().map(|input| &*input.name).collect();
-        let rotated_inside = matches!(name, "genai-int4" | "genai-int8" | "genai-f16");
+        let rotated_inside = matches!(
+            name,
+            "genai-int4" | "genai-int8" | "genai-f16" | "dynamic-uint8-gqa"
+        );
         assert_eq!(inputs.contains(&"position_ids"), !rotated_inside, "{name}");
         assert_eq!(inputs.contains(&"use_cache_branch"), name == "merged");
     }
@@ -353,7 +372,11 @@ fn biases_stand_where_the_form_has_them() {
         let graph = model(&written(form, true), form).graph.unwrap();
         let mut nodes = graph.node.iter();
         let node = nodes.find(|node| {
-            node.op_type == operator && node.input.iter().any(|name| name.ends_with("proj.bias"))
+            node.op_type == operator
+                && node
+                    .input
+                    .iter()
+                    .any(|name| name.contains("proj") && name.contains("bias"))
         });
         node.unwrap().input.clone()
     };
@@ -361,18 +384,18 @@ fn biases_stand_where_the_form_has_them() {
     assert_eq!(inputs("dynamic-int8", "Add")[0], bias);
     assert_eq!(inputs("dynamic-int8-channel", "Add")[1], bias);
     assert_eq!(inputs("q8-zp", "MatMulNBits")[4..], ["", bias]);
-    assert_eq!(
-        inputs("genai-int4", "Add")[0],
-        "model.layers.0.attn.qkv_proj.bias"
-    );
+    let bias = "model.layers.0.attn.qkv_proj.Add.bias";
+    assert_eq!(inputs("genai-int4", "Add")[1], bias);
 }
 
 #[test]
-fn half_precision_is_in_weights_cache_and_logits() {
-    for (name, logits) in [
-        ("f16", DataType::Float16),
-        ("q4f16", DataType::Float16),
-        ("genai-f16", DataType::Float),
+fn half_precision_is_in_weights_and_where_the_form_says_in_cache_and_logits() {
+    let (full, half) = (DataType::Float, DataType::Float16);
+    for (name, logits, cache) in [
+        ("f16", half, half),
+        ("q4f16", half, half),
+        ("q4f16-io", full, full),
+        ("genai-f16", full, half),
     ] {
         let form = Form::find(name).unwrap();
         let graph = model(&written(form, false), form).graph.unwrap();
@@ -385,17 +408,13 @@ fn half_precision_is_in_weights_cache_and_logits() {
             tensor.elem_type
         };
         assert_eq!(kind(&graph.output[0]), logits as i32, "{name}");
-        assert!(
-            graph.output[1..]
-                .iter()
-                .all(|o| kind(o) == DataType::Float16 as i32)
-        );
+        assert!(graph.output[1..].iter().all(|o| kind(o) == cache as i32));
         let norm = graph
             .initializer
             .iter()
             .find(|t| t.name.contains("norm"))
             .unwrap();
-        assert_eq!(norm.data_type, DataType::Float16 as i32);
+        assert_eq!(norm.data_type, half as i32);
     }
 }
 
@@ -430,7 +449,7 @@ fn the_bar_reaches_its_end() {
         stop_tokens: vec!["a".to_owned()],
         source: String::new(),
     };
-    for form in PRESETS.iter().filter(|form| form.name != "phi") {
+    for form in PRESETS {
         let folder = TempDir::new().unwrap();
         let bar = ProgressBar::hidden();
         write(
@@ -467,4 +486,17 @@ fn the_goldens_are_of_these_bytes() {
         forms.insert(form.name);
     }
     assert_eq!(forms.len(), PRESETS.len());
+}
+
+#[test]
+fn the_readme_has_a_row_for_every_form() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+    let text = fs::read_to_string(path).unwrap();
+    for form in PRESETS {
+        assert!(
+            text.contains(&format!("\n| `{}` |", form.name)),
+            "{}",
+            form.name
+        );
+    }
 }

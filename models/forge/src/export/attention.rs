@@ -1,7 +1,7 @@
 //! Attention: dozens of small operators, opset 23's one, or ONNX Runtime's.
 
 use super::decoder::Decoder;
-use super::form::{Attention, Float, Vintage};
+use super::form::{Attention, Vintage};
 use super::mask::Lengths;
 use super::tape::Dim;
 use crate::llama::{Part, rotary_tables};
@@ -136,14 +136,14 @@ impl Decoder<'_> {
         let scores = self.scores(scope, &q, &k);
         let tape = &mut self.tape;
         let scores = tape.op(scope, "Add", &[&scores, mask]);
-        let half = self.form.float != Float::F32;
-        let scores = if half {
+        let island = self.form.has_islands();
+        let scores = if island {
             tape.cast(scope, &scores, DataType::Float)
         } else {
             scores
         };
         let mut shares = tape.op_with(scope, "Softmax", &[&scores], vec![int("axis", -1)]);
-        if half {
+        if island {
             shares = tape.cast(scope, &shares, tape.float);
         }
         let out = tape.op(scope, "MatMul", &[&shares, &v]);
@@ -173,7 +173,7 @@ impl Decoder<'_> {
 
     /// The past and this step's keys or values, which are the present.
     fn join(&mut self, scope: &str, layer: usize, kind: &str, x: &str) -> String {
-        let (past, present) = cache_names(layer, kind);
+        let (past, present) = self.cache_names(layer, kind);
         if self.has_past {
             let axis = vec![int("axis", 2)];
             self.tape
@@ -268,7 +268,7 @@ impl Decoder<'_> {
                 .op_with(scope, "RotaryEmbedding", &inputs, attributes)
         });
         let [(past_k, present_k), (past_v, present_v)] =
-            ["key", "value"].map(|kind| cache_names(layer, kind));
+            ["key", "value"].map(|kind| self.cache_names(layer, kind));
         let name = self.tape.name(scope, "Attention");
         let out = self.tape.output(&name, 0);
         let mut attributes = vec![
@@ -304,12 +304,12 @@ impl Decoder<'_> {
         let scope = "/model/attn_mask_reformat/attn_mask_subgraph";
         let tape = &mut self.tape;
         let one = tape.ints(scope, &[1]);
-        let keep = vec![int("keepdims", 0)];
-        let sums = tape.op_with(scope, "ReduceSum", &["attention_mask", &one], keep);
+        let sums = tape.op(scope, "ReduceSum", &["attention_mask", &one]);
         let last = tape.op(scope, "Sub", &[&sums, &one]);
-        let last = tape.cast(scope, &last, DataType::Int32);
         let total = tape.dim(scope, "attention_mask", 1);
-        [last, tape.cast(scope, &total, DataType::Int32)]
+        [("Sub", last), ("Gather", total)].map(|(module, length)| {
+            tape.cast(&format!("{scope}/{module}"), &length, DataType::Int32)
+        })
     }
 
     fn grouped(
@@ -340,7 +340,7 @@ impl Decoder<'_> {
         }
         let shape = self.model.shape;
         let [(past_k, present_k), (past_v, present_v)] =
-            ["key", "value"].map(|kind| cache_names(layer, kind));
+            ["key", "value"].map(|kind| self.cache_names(layer, kind));
         let mut inputs = vec![&*q, &*k, &*v, &*past_k, &*past_v, &**last, &**total];
         if rotary {
             inputs.extend(CACHES);
@@ -363,12 +363,4 @@ impl Decoder<'_> {
         );
         Ok(out)
     }
-}
-
-/// The cache's input and output.
-pub(super) fn cache_names(layer: usize, kind: &str) -> (String, String) {
-    (
-        format!("past_key_values.{layer}.{kind}"),
-        format!("present.{layer}.{kind}"),
-    )
 }

@@ -1,14 +1,14 @@
 //! Draws a whole model in a form: interface, embedding, layers, head. How each of these is written down stands in the
 //! module of its name.
 
-use super::attention::{Shared, cache_names};
-use super::form::{Architecture, Float, Form, Interface};
+use super::attention::Shared;
+use super::form::{Architecture, Attention, Float, Form, Interface};
 use super::linear::Quantised;
 use super::model::Model;
 use super::norm::Gamma;
 use super::tape::{Habit, Tape};
 use crate::llama::{Part, Shape};
-use crate::onnx::{Axis, Writer, graph_value};
+use crate::onnx::{Axis, Writer, graph_value, int};
 use anyhow::Result;
 use std::collections::HashMap;
 use tract_onnx::pb::tensor_proto::DataType;
@@ -27,13 +27,13 @@ pub(super) struct Decoder<'a> {
 
 /// Draws the model and finishes the file.
 pub(super) fn write(onnx: Writer, form: &Form, model: &Model<'_>) -> Result<()> {
-    let habit = match form.interface {
-        Interface::Generative => Habit::Builder,
+    let habit = match form.attention {
+        Attention::Grouped { .. } => Habit::Builder,
         _ => Habit::Tracer,
     };
     let kind = match form.float {
         Float::F32 => DataType::Float,
-        Float::F16 | Float::F16LogitsF32 => DataType::Float16,
+        Float::F16(_) => DataType::Float16,
     };
     let mut decoder = Decoder {
         form,
@@ -69,21 +69,54 @@ impl Decoder<'_> {
         if self.form.takes_positions() {
             onnx.input("position_ids", ids, &[batch, sequence]);
         }
-        let logits = match self.form.float {
-            Float::F16 => DataType::Float16,
-            Float::F32 | Float::F16LogitsF32 => DataType::Float,
-        };
+        let outside = |cast| if cast { DataType::Float } else { float };
+        let logits = outside(self.form.casts_logits());
         onnx.output("logits", logits, &[batch, sequence, Fixed(shape.vocab)]);
+        let kept = outside(self.form.casts_cache());
         let cache = |length| [batch, Fixed(shape.kv_heads), length, Fixed(shape.head_dim)];
         for layer in 0..shape.layers {
             for kind in ["key", "value"] {
-                let (past, present) = cache_names(layer, kind);
-                onnx.input(&past, float, &cache(Named("past_sequence_length")));
-                onnx.output(&present, float, &cache(total));
+                let (past, present) = outside_names(layer, kind);
+                onnx.input(&past, kept, &cache(Named("past_sequence_length")));
+                onnx.output(&present, kept, &cache(total));
             }
         }
         if self.form.interface == Interface::Merged {
             onnx.input("use_cache_branch", DataType::Bool, &[Fixed(1)]);
+        }
+    }
+
+    /// What the cache's input and output are called inside: after and before their casts, if there are any.
+    pub(super) fn cache_names(&self, layer: usize, kind: &str) -> (String, String) {
+        if !self.form.casts_cache() {
+            return outside_names(layer, kind);
+        }
+        let place = 2 * layer + usize::from(kind == "value");
+        let first = if self.form.takes_positions() { 3 } else { 2 };
+        (
+            format!("graph_input_cast_{}", first + place),
+            format!("graph_output_cast_{}", 1 + place),
+        )
+    }
+
+    /// The casts of the cache where it enters and, if `leaves`, where it leaves.
+    fn border(&mut self, leaves: bool) {
+        if !self.form.casts_cache() {
+            return;
+        }
+        for layer in 0..self.shape().layers {
+            for kind in ["key", "value"] {
+                let (past, present) = outside_names(layer, kind);
+                let (inner_past, inner_present) = self.cache_names(layer, kind);
+                let (from, to, float) = if leaves {
+                    (inner_present, present, DataType::Float)
+                } else {
+                    (past, inner_past, self.tape.float)
+                };
+                let attributes = vec![int("to", float as i64)];
+                self.tape
+                    .op_into("graph_cast", "Cast", &[&from], attributes, &[&to]);
+            }
         }
     }
 
@@ -109,6 +142,7 @@ impl Decoder<'_> {
     }
 
     fn body(&mut self) -> Result<()> {
+        self.border(false);
         let mut x = self.embedding()?;
         if self.form.architecture == Architecture::Gemma {
             let root = self
@@ -126,13 +160,15 @@ impl Decoder<'_> {
         }
         let last = self.shape().layers - 1;
         let outer = format!("/model/layers.{last}");
-        let scope = match self.form.interface {
-            Interface::Generative => format!("/model/layers.{}/final_norm_layernorm", last + 1),
+        let scope = match self.form.attention {
+            Attention::Grouped { .. } => format!("/model/layers.{}/final_norm_layernorm", last + 1),
             _ => "/model/norm".to_owned(),
         };
         let gamma = Gamma::Of(Part::FinalNorm);
         let [x, _] = self.add_norm([&outer, &scope], gamma, &x, block.as_deref())?;
-        self.head(&x)
+        self.head(&x)?;
+        self.border(true);
+        Ok(())
     }
 
     /// A layer: the state that entered it without what it adds last, and that.
@@ -230,4 +266,12 @@ impl Decoder<'_> {
         let inner = tape.op(scope, "Add", &[&one, &inner]);
         tape.op(scope, "Mul", &[&halved, &inner])
     }
+}
+
+/// The cache's input and output.
+fn outside_names(layer: usize, kind: &str) -> (String, String) {
+    (
+        format!("past_key_values.{layer}.{kind}"),
+        format!("present.{layer}.{kind}"),
+    )
 }

@@ -1,7 +1,7 @@
 //! The table of tokens, and the head, which is tied to it, a copy of it, or reads its very tensors.
 
 use super::decoder::Decoder;
-use super::form::{Embedding, Float, Head, Linears, NBits, Zeros};
+use super::form::{Embedding, Head, Linears, NBits, Zeros};
 use super::linear::{Linear, byte, n_bits_names};
 use super::rounding::{Group, eight};
 use crate::llama::Part;
@@ -44,8 +44,12 @@ impl Decoder<'_> {
 
     /// The logits, `[batch, sequence, vocab]`.
     pub(super) fn head(&mut self, x: &str) -> Result<()> {
-        let cast = self.form.float == Float::F16LogitsF32;
-        let out = if cast { "logits_f16" } else { "logits" };
+        let cast = self.form.casts_logits();
+        let out = if cast {
+            "graph_output_cast_0"
+        } else {
+            "logits"
+        };
         let linear = Linear {
             scope: HEAD,
             parts: &[Part::Embed],

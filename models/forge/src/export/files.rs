@@ -94,9 +94,9 @@ fn config(form: &Form, description: &Description, bias: bool, stops: &[usize]) -
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
-        "rms_norm_eps": shape.epsilon,
+        "rms_norm_eps": decimal(shape.epsilon),
         "rope_scaling": null,
-        "rope_theta": shape.rope_base,
+        "rope_theta": decimal(shape.rope_base),
         "tie_word_embeddings": true,
         "torch_dtype": if form.float == Float::F32 { "float32" } else { "float16" },
         "use_cache": true,
@@ -110,12 +110,17 @@ fn config(form: &Form, description: &Description, bias: bool, stops: &[usize]) -
         }
         Architecture::Phi => {
             config["hidden_act"] = json!("gelu");
-            config["layer_norm_eps"] = json!(shape.epsilon);
+            config["layer_norm_eps"] = json!(decimal(shape.epsilon));
             config["partial_rotary_factor"] = json!(0.5);
         }
         Architecture::Mistral => config["sliding_window"] = json!(WINDOW),
     }
     config
+}
+
+/// The number as a person would write it, not with the digits that f64 adds.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 fn tokenizer_config(description: &Description) -> Value {

@@ -3,6 +3,7 @@
 use super::decoder::Decoder;
 use super::form::{Dequantised, Linears, NBits, Zeros};
 use super::rounding::{Group, Rounded, blocks, eight, transposed};
+use super::tape::Habit;
 use crate::llama::Part;
 use crate::onnx::int;
 use anyhow::Result;
@@ -51,8 +52,12 @@ impl Decoder<'_> {
     ) -> Result<String> {
         let bias = self.model.bias(linear.parts, self.form.architecture);
         let bias = bias.map(|values| {
-            let name = linear.scope.trim_start_matches('/').replace('/', ".") + ".bias";
-            (name, values)
+            let module = linear.scope.trim_start_matches('/').replace('/', ".");
+            let operator = match self.tape.habit {
+                Habit::Tracer => "",
+                Habit::Builder => ".Add",
+            };
+            (format!("{module}{operator}.bias"), values)
         });
         let (mut inside, mut swapped) = (false, false);
         if let Some((name, values)) = &bias {
@@ -65,7 +70,8 @@ impl Decoder<'_> {
                     ..
                 })
             );
-            swapped = matches!(linears, Linears::Dynamic { swapped: true, .. });
+            swapped = self.tape.habit == Habit::Builder
+                || matches!(linears, Linears::Dynamic { swapped: true, .. });
         }
         let bias = bias.as_ref().map(|(name, _)| name.as_str());
         let alone = Linear {

@@ -10,16 +10,18 @@ mod linear;
 mod mask;
 mod model;
 mod norm;
+mod presets;
 mod rotary;
 mod rounding;
 mod source;
 mod tape;
 
 pub use form::{
-    Architecture, Attention, Dequantised, Embedding, Float, Form, Head, Interface, Linears, NBits,
-    Norm, PRESETS, Storage, Vintage, WINDOW, Zeros,
+    Architecture, Attention, Dequantised, Embedding, Float, Form, Half, Head, Interface, Linears,
+    NBits, Norm, Storage, Vintage, WINDOW, Zeros,
 };
 pub use model::Model;
+pub use presets::PRESETS;
 pub use source::export;
 
 use crate::bundle::Description;
@@ -58,15 +60,16 @@ pub fn write(
     decoder::write(onnx, form, &model)
 }
 
-/// The weights that [`write`] loads: a head of its own is read a second time.
+/// The weights that [`write`] loads: a head of its own is read a second time, and Phi has fewer parts.
 pub fn work(form: &Form, description: &Description) -> u64 {
     let shape = &description.shape;
-    let again = if form.head == Head::Tied {
-        0
-    } else {
-        shape.count(Part::Embed)
+    let unread = |part: &Part| {
+        let phi = form.architecture == Architecture::Phi;
+        phi && matches!(part, Part::Gate(_) | Part::MlpNorm(_))
     };
-    shape.weights() + again
+    let again = (form.head != Head::Tied).then_some(Part::Embed);
+    let parts = shape.parts().into_iter().filter(|part| !unread(part));
+    parts.chain(again).map(|part| shape.count(part)).sum()
 }
 
 /// The graph's file in a folder that [`write`] has filled.

@@ -1,7 +1,7 @@
 //! Norms and the residual sum in front of them, which some exporters write as one operator.
 
 use super::decoder::Decoder;
-use super::form::{Architecture, Float, Norm};
+use super::form::{Architecture, Norm};
 use super::model::seeded;
 use crate::llama::Part;
 use crate::onnx::{float, int, ints};
@@ -90,11 +90,11 @@ impl Decoder<'_> {
     }
 
     fn primitive_norm(&mut self, scope: &str, x: &str, weight: &str) -> String {
-        let float = DataType::Float;
-        let half = self.form.float != Float::F32;
+        let island = self.form.has_islands();
         let opset = self.form.opset;
         let tape = &mut self.tape;
-        let x = if half {
+        let float = if island { DataType::Float } else { tape.float };
+        let x = if island {
             tape.cast(scope, x, float)
         } else {
             x.to_owned()
@@ -114,7 +114,7 @@ impl Decoder<'_> {
         let one = tape.number_as(scope, 1.0, float);
         let inverse = tape.op(scope, "Div", &[&one, &root]);
         let mut out = tape.op(scope, "Mul", &[&x, &inverse]);
-        if half {
+        if island {
             out = tape.cast(scope, &out, tape.float);
         }
         if self.form.architecture == Architecture::Gemma {

@@ -28,26 +28,31 @@ impl Decoder<'_> {
             .collect::<Vec<_>>();
         let name = "model.rotary_emb.inv_freq";
         let shape = [1, turning / 2, 1];
-        if !self.tape.onnx.has(name) {
-            // In f32 whatever the activations are: positions don't fit f16.
-            self.tape.onnx.matrix(name, &shape, &frequencies)?;
-        }
+        let island = self.form.has_islands();
         let tape = &mut self.tape;
+        let kind = if island { DataType::Float } else { tape.float };
+        if !tape.onnx.has(name) {
+            if island {
+                tape.onnx.matrix(name, &shape, &frequencies)?;
+            } else {
+                tape.numbers(name, &shape, &frequencies)?;
+            }
+        }
         let batch = tape.dim(scope, "position_ids", 0);
         let dims = [Dim::Of(&batch), Dim::Fixed(turning / 2), Dim::Fixed(1)];
         let size = tape.shape(scope, &dims);
         let frequencies = tape.op(scope, "Expand", &[name, &size]);
         let positions = tape.unsqueeze(scope, "position_ids", 1);
-        let positions = tape.cast(scope, &positions, DataType::Float);
+        let positions = tape.cast(scope, &positions, kind);
         let angles = tape.op(scope, "MatMul", &[&frequencies, &positions]);
         let angles = tape.transpose(scope, &angles, &[0, 2, 1]);
         let angles = tape.concat(scope, &[&angles, &angles], -1);
         Ok(["Cos", "Sin"].map(|function| {
             let out = tape.op(scope, function, &[&angles]);
-            if tape.float == DataType::Float {
-                out
-            } else {
+            if island {
                 tape.cast(scope, &out, tape.float)
+            } else {
+                out
             }
         }))
     }

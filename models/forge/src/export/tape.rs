@@ -17,7 +17,7 @@ pub(super) enum Habit {
 
 pub(super) struct Tape {
     pub(super) onnx: Writer,
-    habit: Habit,
+    pub(super) habit: Habit,
     /// What numbers are, unless said otherwise.
     pub(super) float: DataType,
     /// How often each name was used, so that the next one gets a number.
@@ -106,7 +106,8 @@ impl Tape {
     /// The name of a weight of which an exporter has forgotten the module: a number.
     pub(super) fn nameless(&mut self, scope: &str, operator: &str) -> String {
         if self.habit == Habit::Builder {
-            return format!("{}.weight", scope.trim_start_matches('/').replace('/', "."));
+            let module = scope.trim_start_matches('/').replace('/', ".");
+            return format!("{module}.{operator}.weight");
         }
         let next = 1000 + 7 * self.nameless.len();
         let number = self.nameless.entry(scope.to_owned()).or_insert(next);
