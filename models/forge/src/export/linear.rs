@@ -32,16 +32,12 @@ impl Decoder<'_> {
     /// `x · Wᵀ`, and the bias if the model has one for it. Several parts are one linear whose outputs lie side by
     /// side.
     pub(super) fn linear(&mut self, scope: &str, x: &str, parts: &[Part]) -> Result<String> {
-        let linears = self.form.linears;
-        self.linear_as(
-            linears,
-            x,
-            &Linear {
-                scope,
-                parts,
-                out: None,
-            },
-        )
+        let linear = Linear {
+            scope,
+            parts,
+            out: None,
+        };
+        self.linear_as(self.form.linears, x, &linear)
     }
 
     pub(super) fn linear_as(
@@ -50,55 +46,60 @@ impl Decoder<'_> {
         x: &str,
         linear: &Linear<'_>,
     ) -> Result<String> {
-        let bias = self.model.bias(linear.parts, self.form.architecture);
-        let bias = bias.map(|values| {
-            let module = linear.scope.trim_start_matches('/').replace('/', ".");
-            let operator = match self.tape.habit {
-                Habit::Tracer => "",
-                Habit::Builder => ".Add",
-            };
-            (format!("{module}{operator}.bias"), values)
-        });
-        let (mut inside, mut swapped) = (false, false);
-        if let Some((name, values)) = &bias {
-            self.tape
-                .weight(name, &[values.len()], || Ok(values.clone()))?;
-            inside = matches!(
-                linears,
-                Linears::NBits(NBits {
-                    bias_inside: true,
-                    ..
-                })
-            );
-            swapped = self.tape.habit == Habit::Builder
-                || matches!(linears, Linears::Dynamic { swapped: true, .. });
+        let Some(bias) = self.bias(linear)? else {
+            return self.product(linears, x, linear, None);
+        };
+        if let Linears::NBits(form) = linears
+            && form.bias_inside
+        {
+            return self.product(linears, x, linear, Some(&bias));
         }
-        let bias = bias.as_ref().map(|(name, _)| name.as_str());
         let alone = Linear {
-            out: linear.out.filter(|_| bias.is_none() || inside),
+            out: None,
             ..*linear
         };
-        let out = match linears {
-            Linears::Plain => self.plain(x, &alone)?,
+        let product = self.product(linears, x, &alone, None)?;
+        let last = self.tape.habit == Habit::Builder
+            || matches!(linears, Linears::Dynamic { swapped: true, .. });
+        let operands: [&str; 2] = if last {
+            [&product, &bias]
+        } else {
+            [&bias, &product]
+        };
+        Ok(self.ending(linear, "Add", &operands))
+    }
+
+    /// The name of the bias, which is written unless it is there.
+    fn bias(&mut self, linear: &Linear<'_>) -> Result<Option<String>> {
+        let bias = self.model.bias(linear.parts, self.form.architecture);
+        let Some(values) = bias else { return Ok(None) };
+        let module = linear.scope.trim_start_matches('/').replace('/', ".");
+        let operator = match self.tape.habit {
+            Habit::Tracer => "",
+            Habit::Builder => ".Add",
+        };
+        let name = format!("{module}{operator}.bias");
+        self.tape.weight(&name, &[values.len()], || Ok(values))?;
+        Ok(Some(name))
+    }
+
+    fn product(
+        &mut self,
+        linears: Linears,
+        x: &str,
+        linear: &Linear<'_>,
+        bias: Option<&str>,
+    ) -> Result<String> {
+        match linears {
+            Linears::Plain => self.plain(x, linear),
             Linears::Dynamic {
                 unsigned,
                 channel,
                 swapped,
-            } => self.dynamic(x, &alone, unsigned, channel, swapped)?,
-            Linears::Dequantised(how) => self.dequantised(x, &alone, how)?,
-            Linears::NBits(form) => self.n_bits(x, &alone, form, bias.filter(|_| inside))?,
-        };
-        Ok(match bias {
-            Some(bias) if !inside => {
-                let operands = if swapped {
-                    [&*out, bias]
-                } else {
-                    [bias, &*out]
-                };
-                self.ending(linear, "Add", &operands)
-            }
-            _ => out,
-        })
+            } => self.dynamic(x, linear, unsigned, channel, swapped),
+            Linears::Dequantised(how) => self.dequantised(x, linear, how),
+            Linears::NBits(form) => self.n_bits(x, linear, form, bias),
+        }
     }
 
     /// The linear's last operator, which has the output's name if there is one.
@@ -320,7 +321,7 @@ impl Decoder<'_> {
             inputs.push(&zero);
         }
         if let Some(bias) = bias {
-            // Zero points may be absent, and the group index always is.
+            // Zero points may be absent, and the group index, input 4, always is.
             inputs.resize(5, "");
             inputs.push(bias);
         }

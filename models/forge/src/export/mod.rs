@@ -20,7 +20,6 @@ pub use form::{
     Architecture, Attention, Dequantised, Embedding, Float, Form, Half, Head, Interface, Linears,
     NBits, Norm, Storage, Vintage, WINDOW, Zeros,
 };
-pub use model::Model;
 pub use presets::PRESETS;
 pub use source::export;
 
@@ -29,6 +28,7 @@ use crate::llama::{Part, Weights};
 use crate::onnx::{Layout, Writer};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
+use model::Model;
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -13,13 +13,13 @@ const PIECE: usize = 1 << 20;
 const BIAS: f32 = 0.3;
 
 /// A model that is to be written in some form.
-pub struct Model<'a> {
-    pub shape: &'a Shape,
-    pub weights: &'a dyn Weights,
+pub(super) struct Model<'a> {
+    pub(super) shape: &'a Shape,
+    pub(super) weights: &'a dyn Weights,
     /// Adds seeded biases to q, k and v.
-    pub bias: bool,
+    pub(super) bias: bool,
     /// Advances by one for each weight loaded.
-    pub bar: &'a ProgressBar,
+    pub(super) bar: &'a ProgressBar,
 }
 
 impl Model<'_> {
