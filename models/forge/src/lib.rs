@@ -8,6 +8,7 @@ pub mod cache;
 pub mod catalogue;
 pub mod convert;
 pub mod dequant;
+pub mod export;
 pub mod fetch;
 pub mod gguf;
 pub mod graph;

@@ -1,11 +1,12 @@
 //! The forge's command line: prints, and leaves the work to the library.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use millwright_engine::bundle::Bundle;
 use millwright_forge::Precision;
 use millwright_forge::cache::Cache;
 use millwright_forge::catalogue::{Catalogue, Entry};
+use millwright_forge::export::{Form, export};
 use millwright_forge::like::Like;
 use millwright_forge::pull::{is_current, pull, random};
 use std::path::PathBuf;
@@ -39,6 +40,10 @@ enum Command {
     /// It answers nonsense. The weights go to disk as they are drawn; a 1.5b in int8 takes 1.8 GB there and less
     /// than 100 MB of memory.
     Tiny(Random),
+    /// Write a model as other exporters would, to test what reads their files.
+    ///
+    /// `--form list` says which forms there are. The folder has no manifest; it looks as the exporter's does.
+    Export(Export),
 }
 
 #[derive(clap::Args)]
@@ -60,6 +65,22 @@ struct Random {
     /// The bundle's folder, new or empty
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct Export {
+    /// One of those that `--form list` shows, such as dynamic-int8
+    #[arg(long)]
+    form: String,
+    /// A name from `list`; tiny needs no download
+    #[arg(long, default_value = "tiny")]
+    model: String,
+    /// Add seeded biases to q, k and v
+    #[arg(long)]
+    bias: bool,
+    /// The model's folder, new or empty
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -110,6 +131,21 @@ fn run(command: &Command) -> Result<()> {
         }) => {
             let began = Instant::now();
             random(output, *like, *precision)?;
+            eprintln!("made in {:.1} s", began.elapsed().as_secs_f32());
+            println!("{}", output.display());
+        }
+        Command::Export(Export { form, .. }) if form == "list" => print!("{}", Form::list()),
+        Command::Export(Export {
+            form,
+            model,
+            bias,
+            output,
+        }) => {
+            let (form, entry) = (Form::find(form)?, catalogue.find(model)?);
+            let output = output.as_ref();
+            let output = output.context("a form is written into a folder; name one with -o DIR")?;
+            let began = Instant::now();
+            export(&cache, entry, form, *bias, output)?;
             eprintln!("made in {:.1} s", began.elapsed().as_secs_f32());
             println!("{}", output.display());
         }

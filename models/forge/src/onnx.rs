@@ -1,10 +1,12 @@
-//! Writes an ONNX file: nodes and small tensors in the graph, matrices in an external data file that grows
-//! as they come, piece by piece if need be. Knows protobufs; never what a model looks like.
+//! Writes an ONNX file: nodes and small tensors in the graph, matrices in a data file that grows as they come, piece
+//! by piece if need be, and that at the end stays beside the graph or is copied into it. Knows protobufs; never what
+//! a model looks like.
 
 use anyhow::{Context, Result};
+use half::f16;
 use millwright_engine::bundle::{GRAPH, WEIGHTS};
 use prost::Message;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -16,10 +18,10 @@ use tract_onnx::pb::{
     type_proto,
 };
 
+mod inline;
+
 /// The first opset with Attention, RotaryEmbedding and RMSNormalization.
-const OPSET: i64 = 23;
-/// The file format that belongs to that opset.
-const IR_VERSION: i64 = 11;
+pub const OPSET: i64 = 23;
 /// Of operators outside the standard.
 const CONTRIB_VERSION: i64 = 1;
 /// Values turned to bytes at a time.
@@ -27,11 +29,26 @@ const PIECE: usize = 1 << 14;
 /// Tensors in the data file begin at multiples of this: a cache line, and any vector load's alignment.
 const ALIGNMENT: u64 = 64;
 
-/// An ONNX model being written into a folder as [`GRAPH`] and [`WEIGHTS`].
+/// Where a model's bytes go and which version of the standard it speaks.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    pub graph: PathBuf,
+    /// Beside the graph.
+    pub data: PathBuf,
+    /// Whether the data is copied into the graph in the end; the file that held it goes.
+    pub inline: bool,
+    pub opset: i64,
+    /// The program that claims the file, and its version.
+    pub producer: [String; 2],
+}
+
+/// An ONNX model being written.
 #[derive(Debug)]
 pub struct Writer {
-    dir: PathBuf,
+    layout: Layout,
     graph: GraphProto,
+    /// Names of all initializers.
+    names: HashSet<String>,
     data: BufWriter<File>,
     /// Where the data file ends.
     offset: u64,
@@ -71,6 +88,22 @@ impl Element for u8 {
     }
 }
 
+impl Element for i64 {
+    const KIND: DataType = DataType::Int64;
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.extend(self.to_le_bytes());
+    }
+}
+
+impl Element for f16 {
+    const KIND: DataType = DataType::Float16;
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.extend(self.to_le_bytes());
+    }
+}
+
 /// An axis of an input or output: a number, or a name where it varies.
 #[derive(Debug, Clone, Copy)]
 pub enum Axis<'a> {
@@ -79,18 +112,30 @@ pub enum Axis<'a> {
 }
 
 impl Writer {
-    /// Begins a model in `dir`, which exists.
+    /// Begins a model in `dir`, which exists, as [`GRAPH`] and [`WEIGHTS`] in our own opset.
     pub fn create(dir: &Path, name: &str) -> Result<Self> {
-        let path = dir.join(WEIGHTS);
-        let data =
-            File::create(&path).with_context(|| format!("{} can't be created", path.display()))?;
+        let layout = Layout {
+            graph: dir.join(GRAPH),
+            data: dir.join(WEIGHTS),
+            inline: false,
+            opset: OPSET,
+            producer: ["millwright-forge", env!("CARGO_PKG_VERSION")].map(str::to_owned),
+        };
+        Self::with(layout, name)
+    }
+
+    /// Begins a model in files that are named; their folder exists.
+    pub fn with(layout: Layout, name: &str) -> Result<Self> {
+        let data = File::create(&layout.data)
+            .with_context(|| format!("{} can't be created", layout.data.display()))?;
         let graph = GraphProto {
             name: name.to_owned(),
             ..GraphProto::default()
         };
         Ok(Self {
-            dir: dir.to_owned(),
+            layout,
             graph,
+            names: HashSet::new(),
             data: BufWriter::new(data),
             offset: 0,
             end: 0,
@@ -106,17 +151,50 @@ impl Writer {
         outputs: &[&str],
         attributes: Vec<AttributeProto>,
     ) {
+        self.named(outputs[0], operator, inputs, outputs, attributes);
+    }
+
+    /// Adds a node with a name of its own.
+    pub fn named(
+        &mut self,
+        name: &str,
+        operator: &str,
+        inputs: &[&str],
+        outputs: &[&str],
+        attributes: Vec<AttributeProto>,
+    ) {
         let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let (domain, operator) = operator.rsplit_once('.').unwrap_or(("", operator));
         self.graph.node.push(NodeProto {
             domain: domain.to_owned(),
             op_type: operator.to_owned(),
-            name: outputs[0].to_owned(),
+            name: name.to_owned(),
             input: owned(inputs),
             output: owned(outputs),
             attribute: attributes,
             ..NodeProto::default()
         });
+    }
+
+    /// Takes all nodes out, as a branch for an `If`: a graph without inputs whose outputs are the model's.
+    pub fn branch(&mut self, name: &str) -> GraphProto {
+        GraphProto {
+            name: name.to_owned(),
+            node: std::mem::take(&mut self.graph.node),
+            output: self.graph.output.clone(),
+            ..GraphProto::default()
+        }
+    }
+
+    /// The names of all outputs.
+    pub fn outputs(&self) -> Vec<String> {
+        let outputs = self.graph.output.iter();
+        outputs.map(|output| output.name.clone()).collect()
+    }
+
+    /// Whether there is an initializer of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains(name)
     }
 
     pub fn input(&mut self, name: &str, kind: DataType, shape: &[Axis<'_>]) {
@@ -129,8 +207,12 @@ impl Writer {
 
     /// Adds an f32 vector, stored in the graph itself.
     pub fn vector(&mut self, name: &str, values: &[f32]) {
-        let mut tensor = tensor(name, DataType::Float, &[values.len()]);
-        tensor.raw_data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.initializer(raw(name, &[values.len()], values));
+    }
+
+    /// Adds a tensor as it is; meant for small ones.
+    pub fn initializer(&mut self, tensor: TensorProto) {
+        self.names.insert(tensor.name.clone());
         self.graph.initializer.push(tensor);
     }
 
@@ -145,26 +227,40 @@ impl Writer {
     /// # Panics
     /// If the tensor begun before is not whole.
     pub fn begin<T: Element>(&mut self, name: &str, shape: &[usize]) -> Result<()> {
+        self.begin_as(name, T::KIND, size_of::<T>(), shape)
+    }
+
+    /// The same of a type that is known by its elements' size in bytes only.
+    ///
+    /// # Panics
+    /// If the tensor begun before is not whole.
+    pub fn begin_as(
+        &mut self,
+        name: &str,
+        kind: DataType,
+        size: usize,
+        shape: &[usize],
+    ) -> Result<()> {
         assert_eq!(
             self.offset, self.end,
             "the tensor before {name} is not whole"
         );
         let padding = self.offset.next_multiple_of(ALIGNMENT) - self.offset;
         self.put(&[0; ALIGNMENT as usize][..padding as usize])?;
-        let length = (shape.iter().product::<usize>() * size_of::<T>()) as u64;
+        let length = (shape.iter().product::<usize>() * size) as u64;
         let entry = |key: &str, value: String| StringStringEntryProto {
             key: key.to_owned(),
             value,
         };
-        let mut tensor = tensor(name, T::KIND, shape);
+        let mut tensor = tensor(name, kind, shape);
         tensor.data_location = Some(DataLocation::External as i32);
         tensor.external_data = vec![
-            entry("location", WEIGHTS.to_owned()),
+            entry("location", file_name(&self.layout.data)),
             entry("offset", self.offset.to_string()),
             entry("length", length.to_string()),
         ];
         self.end = self.offset + length;
-        self.graph.initializer.push(tensor);
+        self.initializer(tensor);
         Ok(())
     }
 
@@ -184,28 +280,30 @@ impl Writer {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         let written = self.data.write_all(bytes);
         self.offset += bytes.len() as u64;
-        written.with_context(|| format!("{} can't be written", self.dir.join(WEIGHTS).display()))
+        written.with_context(|| format!("{} can't be written", self.layout.data.display()))
     }
 
-    /// Writes the graph and brings both files to disk.
+    /// Writes the graph and brings all to disk.
     ///
     /// # Panics
     /// If the tensor begun last is not whole.
     pub fn finish(self) -> Result<()> {
         assert_eq!(self.offset, self.end, "the last tensor is not whole");
-        let domains: BTreeSet<&str> = self.graph.node.iter().map(|n| n.domain.as_str()).collect();
+        let mut domains = BTreeSet::from([""]);
+        domains_of(&self.graph, &mut domains);
         let opset = |domain: &str| OperatorSetIdProto {
             domain: domain.to_owned(),
             version: if domain.is_empty() {
-                OPSET
+                self.layout.opset
             } else {
                 CONTRIB_VERSION
             },
         };
+        let [producer_name, producer_version] = self.layout.producer.clone();
         let model = ModelProto {
-            ir_version: IR_VERSION,
-            producer_name: "millwright-forge".to_owned(),
-            producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ir_version: ir_version(self.layout.opset),
+            producer_name,
+            producer_version,
             opset_import: domains.into_iter().map(opset).collect(),
             graph: Some(self.graph),
             ..ModelProto::default()
@@ -215,9 +313,38 @@ impl Writer {
             .into_inner()
             .map_err(std::io::IntoInnerError::into_error);
         data.and_then(|file| file.sync_all())
-            .with_context(|| format!("{} can't be written", self.dir.join(WEIGHTS).display()))?;
-        crate::cache::write_synced(&self.dir.join(GRAPH), &model.encode_to_vec())
+            .with_context(|| format!("{} can't be written", self.layout.data.display()))?;
+        if self.layout.inline {
+            return inline::write(&self.layout.graph, model, &self.layout.data);
+        }
+        crate::cache::write_synced(&self.layout.graph, &model.encode_to_vec())
     }
+}
+
+/// The file format that belongs to an opset.
+fn ir_version(opset: i64) -> i64 {
+    match opset {
+        ..=14 => 7,
+        15..=18 => 8,
+        19..=20 => 9,
+        21..=22 => 10,
+        _ => 11,
+    }
+}
+
+/// Adds the domains of all operators, those in branches too.
+fn domains_of<'a>(graph: &'a GraphProto, domains: &mut BTreeSet<&'a str>) {
+    for node in &graph.node {
+        domains.insert(&node.domain);
+        for branch in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
+            domains_of(branch, domains);
+        }
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 /// An integer attribute.
@@ -244,6 +371,31 @@ pub fn ints(name: &str, values: &[i64]) -> AttributeProto {
     }
 }
 
+/// An attribute that is a tensor.
+pub fn tensor_value(name: &str, value: TensorProto) -> AttributeProto {
+    AttributeProto {
+        t: Some(value),
+        ..attribute(name, AttributeType::Tensor)
+    }
+}
+
+/// An attribute that is a graph.
+pub fn graph_value(name: &str, value: GraphProto) -> AttributeProto {
+    AttributeProto {
+        g: Some(value),
+        ..attribute(name, AttributeType::Graph)
+    }
+}
+
+/// A tensor that holds its values as bytes.
+pub fn raw<T: Element>(name: &str, shape: &[usize], values: &[T]) -> TensorProto {
+    let mut tensor = tensor(name, T::KIND, shape);
+    for value in values {
+        value.put(&mut tensor.raw_data);
+    }
+    tensor
+}
+
 fn attribute(name: &str, kind: AttributeType) -> AttributeProto {
     AttributeProto {
         name: name.to_owned(),
@@ -252,7 +404,8 @@ fn attribute(name: &str, kind: AttributeType) -> AttributeProto {
     }
 }
 
-fn tensor(name: &str, kind: DataType, shape: &[usize]) -> TensorProto {
+/// A tensor without values yet.
+pub fn tensor(name: &str, kind: DataType, shape: &[usize]) -> TensorProto {
     TensorProto {
         name: name.to_owned(),
         data_type: kind as i32,

@@ -61,7 +61,7 @@ pub fn is_current(path: &Path, entry: &Entry) -> bool {
     Bundle::open(path).is_ok_and(|bundle| bundle.manifest.version == entry.version)
 }
 
-fn describe(
+pub(crate) fn describe(
     entry: &Entry,
     package: &Package,
     gguf: &Gguf<'_>,
@@ -85,6 +85,19 @@ fn describe(
 
 /// Makes a random model in a folder of the caller's, which must be new or empty: in the shape of a real one, or tiny.
 pub fn random(dir: &Path, like: Option<Like>, precision: Precision) -> Result<()> {
+    check_new(dir)?;
+    let Some(like) = like else {
+        return explained(tiny::write(dir, precision), dir, &tiny::shape(), precision);
+    };
+    let shape = like.shape();
+    let bar = bar(shape.weights(), &format!("writing {precision}"));
+    let written = like::write(dir, &like.name(), &shape, precision, &bar);
+    bar.finish_and_clear();
+    explained(written, dir, &shape, precision)
+}
+
+/// Checks that a folder of the caller's is new or empty.
+pub(crate) fn check_new(dir: &Path) -> Result<()> {
     let taken = match dir.read_dir() {
         Ok(mut entries) => entries.next().is_some(),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
@@ -94,14 +107,7 @@ pub fn random(dir: &Path, like: Option<Like>, precision: Precision) -> Result<()
         "{} is not a new or empty folder; name one that is",
         dir.display()
     );
-    let Some(like) = like else {
-        return explained(tiny::write(dir, precision), dir, &tiny::shape(), precision);
-    };
-    let shape = like.shape();
-    let bar = bar(shape.weights(), &format!("writing {precision}"));
-    let written = like::write(dir, &like.name(), &shape, precision, &bar);
-    bar.finish_and_clear();
-    explained(written, dir, &shape, precision)
+    Ok(())
 }
 
 fn explained(
@@ -122,7 +128,7 @@ fn explained(
     })
 }
 
-fn bar(length: u64, message: &str) -> ProgressBar {
+pub(crate) fn bar(length: u64, message: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {percent}% {eta}")
         .expect("the template is a constant");
     ProgressBar::new(length)

@@ -33,14 +33,13 @@ const TEMPLATE: &str = "{% for message in messages %}\
 /// Writes the tiny bundle into `dir`, which is created if need be: the same bytes every time.
 pub fn write(dir: &Path, precision: Precision) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("{} can't be created", dir.display()))?;
-    let source = "seeded random weights, for tests";
-    bundle::write(
-        dir,
-        &description(NAME, &shape(), source),
-        precision,
-        &Seeded,
-        &ProgressBar::hidden(),
-    )
+    let bar = ProgressBar::hidden();
+    bundle::write(dir, &whole(), precision, &Seeded, &bar)
+}
+
+/// All of it but its weights, which are [`Seeded`].
+pub(crate) fn whole() -> Description {
+    description(NAME, &shape(), "seeded random weights, for tests")
 }
 
 /// Its sizes.
@@ -132,7 +131,7 @@ fn join(word: &mut Vec<String>, left: &str, right: &str) {
 }
 
 /// Weights drawn one by one from the part's own seed.
-struct Seeded;
+pub(crate) struct Seeded;
 
 impl Weights for Seeded {
     fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {

@@ -208,3 +208,41 @@ fn a_precision_that_a_model_is_not_made_in_is_refused_with_those_it_is() {
     let said = Forge::new().fails(&["pull", "smollm2-135m-q4", "--precision", "f32"]);
     assert!(said.contains("not made in f32, only in q4"), "{said}");
 }
+
+#[test]
+fn a_form_is_written_into_a_new_folder_and_found_in_the_list() {
+    let forge = Forge::new();
+    let list = String::from_utf8(forge.run(&["export", "--form", "list"]).stdout).unwrap();
+    assert!(list.lines().count() > 20, "{list}");
+    assert!(
+        list.lines().any(|line| line.starts_with("dynamic-int8 ")),
+        "{list}"
+    );
+    let folder = forge.home.path().join("form");
+    let output = folder.to_str().unwrap();
+    let arguments = ["export", "--form", "dynamic-int8", "--bias", "-o", output];
+    let made = forge.run(&arguments);
+    assert_eq!(made.stdout, format!("{output}\n").into_bytes(), "{made:?}");
+    assert!(folder.join("onnx/model_int8.onnx").is_file());
+    let said = forge.fails(&arguments);
+    assert!(said.contains("is not a new or empty folder"), "{said}");
+    let help = String::from_utf8(forge.run(&["export", "--help"]).stdout).unwrap();
+    assert!(
+        help.contains("--form list") && help.contains("--bias"),
+        "{help}"
+    );
+}
+
+#[test]
+fn a_form_a_model_or_a_folder_that_is_missing_is_named() {
+    let forge = Forge::new();
+    let said = forge.fails(&["export", "--form", "int2", "-o", "x"]);
+    assert!(
+        said.contains("there is no form \"int2\"; there are f32, f32-sdpa, f16"),
+        "{said}"
+    );
+    let said = forge.fails(&["export", "--form", "q4", "--model", "gpt-5", "-o", "x"]);
+    assert!(said.contains("there is no model \"gpt-5\""), "{said}");
+    let said = forge.fails(&["export", "--form", "q4"]);
+    assert!(said.contains("name one with -o DIR"), "{said}");
+}

@@ -1,0 +1,192 @@
+//! The files beside the graph, as the model hub has them: configurations, tokenizer, chat template.
+
+use super::form::{Architecture, Float, Form, Interface, WINDOW};
+use crate::bundle::Description;
+use crate::cache::write_synced;
+use crate::tokenizer;
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// The opset from which on templates have a file of their own: exporters of that age write one.
+const TEMPLATE_FILE_SINCE: i64 = 17;
+
+/// Writes them into `dir`. `bias` says that q, k and v have biases.
+pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bool) -> Result<()> {
+    let put = |name: &str, text: &str| write_synced(&dir.join(name), text.as_bytes());
+    let put_json = |name: &str, value: &Value| put(name, &format!("{value:#}\n"));
+    let stops = stop_ids(description)?;
+    put_json("config.json", &config(form, description, bias, &stops))?;
+    put_json(
+        "generation_config.json",
+        &json!({
+            "_from_model_config": true,
+            "bos_token_id": stops[0],
+            "eos_token_id": stops,
+            "pad_token_id": stops[0],
+        }),
+    )?;
+    put(
+        "tokenizer.json",
+        &tokenizer::build(&description.vocabulary)?,
+    )?;
+    let mut tokenizer = tokenizer_config(description);
+    if form.opset < TEMPLATE_FILE_SINCE {
+        tokenizer["chat_template"] = json!(description.chat_template);
+    } else {
+        put("chat_template.jinja", &description.chat_template)?;
+    }
+    put_json("tokenizer_config.json", &tokenizer)?;
+    if form.interface == Interface::Generative {
+        put_json(
+            "genai_config.json",
+            &generative(form, description, bias, &stops),
+        )?;
+    }
+    Ok(())
+}
+
+fn stop_ids(description: &Description) -> Result<Vec<usize>> {
+    let id = |token: &String| {
+        let found = description
+            .vocabulary
+            .tokens
+            .iter()
+            .position(|t| t == token);
+        found.with_context(|| format!("the stop token {token:?} is not in the vocabulary"))
+    };
+    let ids: Vec<usize> = description
+        .stop_tokens
+        .iter()
+        .map(id)
+        .collect::<Result<_>>()?;
+    anyhow::ensure!(!ids.is_empty(), "the model has no stop token");
+    Ok(ids)
+}
+
+/// What the architecture is called: the family, and the class.
+fn family(form: &Form, bias: bool) -> (&'static str, &'static str) {
+    match form.architecture {
+        Architecture::Llama if bias => ("qwen2", "Qwen2ForCausalLM"),
+        Architecture::Llama => ("llama", "LlamaForCausalLM"),
+        Architecture::Gemma => ("gemma2", "Gemma2ForCausalLM"),
+        Architecture::Phi => ("phi", "PhiForCausalLM"),
+        Architecture::Mistral => ("mistral", "MistralForCausalLM"),
+    }
+}
+
+fn config(form: &Form, description: &Description, bias: bool, stops: &[usize]) -> Value {
+    let shape = &description.shape;
+    let (family, class) = family(form, bias);
+    let mut config = json!({
+        "architectures": [class],
+        "attention_bias": bias,
+        "attention_dropout": 0.0,
+        "bos_token_id": stops[0],
+        "eos_token_id": stops[0],
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.width,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.mlp,
+        "max_position_embeddings": shape.context,
+        "model_type": family,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": decimal(shape.epsilon),
+        "rope_scaling": null,
+        "rope_theta": decimal(shape.rope_base),
+        "tie_word_embeddings": true,
+        "torch_dtype": if form.float == Float::F32 { "float32" } else { "float16" },
+        "use_cache": true,
+        "vocab_size": shape.vocab,
+    });
+    match form.architecture {
+        Architecture::Llama => {}
+        Architecture::Gemma => {
+            config["hidden_act"] = json!("gelu_pytorch_tanh");
+            config["query_pre_attn_scalar"] = json!(shape.head_dim);
+        }
+        Architecture::Phi => {
+            config["hidden_act"] = json!("gelu");
+            config["layer_norm_eps"] = json!(decimal(shape.epsilon));
+            config["partial_rotary_factor"] = json!(0.5);
+        }
+        Architecture::Mistral => config["sliding_window"] = json!(WINDOW),
+    }
+    config
+}
+
+/// The number as a person would write it, not with the digits that f64 adds.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
+}
+
+fn tokenizer_config(description: &Description) -> Value {
+    let vocabulary = &description.vocabulary;
+    let added = vocabulary.special.iter().filter_map(|&id| {
+        let content = vocabulary.tokens.get(id as usize)?;
+        let token = json!({
+            "content": content, "lstrip": false, "normalized": false, "rstrip": false,
+            "single_word": false, "special": true,
+        });
+        Some((id.to_string(), token))
+    });
+    json!({
+        "add_prefix_space": false,
+        "added_tokens_decoder": added.collect::<serde_json::Map<_, _>>(),
+        "bos_token": description.stop_tokens[0],
+        "clean_up_tokenization_spaces": false,
+        "eos_token": description.stop_tokens[0],
+        "model_max_length": description.shape.context,
+        "tokenizer_class": "GPT2Tokenizer",
+        "unk_token": null,
+    })
+}
+
+fn generative(form: &Form, description: &Description, bias: bool, stops: &[usize]) -> Value {
+    let shape = &description.shape;
+    let (family, _) = family(form, bias);
+    let mut inputs = json!({
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    });
+    if form.takes_positions() {
+        inputs["position_ids"] = json!("position_ids");
+    }
+    json!({
+        "model": {
+            "bos_token_id": stops[0],
+            "context_length": shape.context,
+            "decoder": {
+                "session_options": { "log_id": "onnxruntime-genai", "provider_options": [] },
+                "filename": "model.onnx",
+                "head_size": shape.head_dim,
+                "hidden_size": shape.width,
+                "inputs": inputs,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": shape.heads,
+                "num_hidden_layers": shape.layers,
+                "num_key_value_heads": shape.kv_heads,
+            },
+            "eos_token_id": stops,
+            "pad_token_id": stops[0],
+            "type": family,
+            "vocab_size": shape.vocab,
+        },
+        "search": {
+            "diversity_penalty": 0.0, "do_sample": false, "early_stopping": true,
+            "length_penalty": 1.0, "max_length": shape.context, "min_length": 0,
+            "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
+            "past_present_share_buffer": true, "repetition_penalty": 1.0,
+            "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+        },
+    })
+}
