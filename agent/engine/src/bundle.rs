@@ -1,6 +1,7 @@
 //! A model's folder as the forge writes it and the agent reads it: a manifest and the files it names.
 //! Knows names, sizes and digests; never what is inside a graph or a tokenizer.
 
+use crate::folder;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -19,6 +20,8 @@ pub const TOKENIZER: &str = "tokenizer.json";
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// The manifest format written and read by this version.
 pub const FORMAT: u32 = 1;
+/// A chat template larger than this is refused.
+const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 /// A manifest larger than this is refused unread.
 const MANIFEST_BYTES_MAX: u64 = 64 * 1024;
 
@@ -65,9 +68,11 @@ pub struct FileEntry {
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     #[error(
-        "there is no model at {0}: {MANIFEST} is missing (`cargo forge pull smollm2-135m` makes one)"
+        "there is no model at {0}: neither {MANIFEST} nor an .onnx file is there (`cargo forge pull smollm2-135m` makes one)"
     )]
-    NoManifest(PathBuf),
+    NoModel(PathBuf),
+    #[error("{path} can't be used as a model: {reason}")]
+    Folder { path: PathBuf, reason: String },
     #[error("{path} can't be read: {source}")]
     Read { path: PathBuf, source: io::Error },
     #[error("{path} is not a valid manifest: {reason}")]
@@ -95,26 +100,48 @@ pub enum BundleError {
 /// An opened bundle: its manifest is valid and its files are there at their stated sizes. Digests are
 /// checked when the weights are packed ([`Bundle::verify`]), not at every start: hashing 1.5 GB costs a
 /// small board ten seconds.
+///
+/// An exporter's folder without a manifest is one too: what a manifest would say is read from the files beside the
+/// graph, and there are no digests to check.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     dir: PathBuf,
     pub manifest: Manifest,
+    graph: PathBuf,
+    /// Of a folder without a manifest.
+    described: Option<String>,
+    chat_template: Option<String>,
 }
 
 impl Bundle {
-    /// Reads the manifest in `dir` and checks that each file is there at its size.
+    /// Reads the manifest in `dir` and checks that each file is there at its size; or, without one, what the
+    /// exporter wrote there.
     pub fn open(dir: &Path) -> Result<Self, BundleError> {
+        Self::open_file(dir, None)
+    }
+
+    /// The same with the graph of this name, where a folder without a manifest has several.
+    pub fn open_file(dir: &Path, graph: Option<&str>) -> Result<Self, BundleError> {
+        if graph.is_none() && dir.join(MANIFEST).exists() {
+            return Self::stated(dir);
+        }
+        let described = folder::describe(dir, graph)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest: described.manifest,
+            graph: described.graph,
+            described: Some(described.digest),
+            chat_template: described.chat_template,
+        })
+    }
+
+    fn stated(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join(MANIFEST);
         let read = |source| BundleError::Read {
             path: path.clone(),
             source,
         };
-        let file = match File::open(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(BundleError::NoManifest(dir.to_owned()));
-            }
-            other => other.map_err(read)?,
-        };
+        let file = File::open(&path).map_err(read)?;
         let mut text = String::new();
         file.take(MANIFEST_BYTES_MAX + 1)
             .read_to_string(&mut text)
@@ -123,9 +150,12 @@ impl Bundle {
             path: path.clone(),
             reason,
         })?;
-        let bundle = Self {
+        let mut bundle = Self {
             dir: dir.to_owned(),
             manifest,
+            graph: GRAPH.into(),
+            described: None,
+            chat_template: None,
         };
         for entry in &bundle.manifest.files {
             let path = bundle.path(&entry.name);
@@ -144,6 +174,12 @@ impl Bundle {
                 });
             }
         }
+        if bundle.has(CHAT_TEMPLATE) {
+            bundle.chat_template = Some(folder::text(
+                &bundle.path(CHAT_TEMPLATE),
+                TEMPLATE_BYTES_MAX,
+            )?);
+        }
         Ok(bundle)
     }
 
@@ -156,13 +192,27 @@ impl Bundle {
         self.dir.join(name)
     }
 
+    /// Where the graph is.
+    pub fn graph(&self) -> PathBuf {
+        self.dir.join(&self.graph)
+    }
+
+    /// The chat template's source; a model without one takes no `chat` tasks.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
     /// Whether the manifest names this file.
     pub fn has(&self, name: &str) -> bool {
         self.entry(name).is_some()
     }
 
-    /// The digest that stands for this model: the manifest's own entries, hashed.
+    /// The digest that stands for this model: the manifest's own entries, hashed. Without a manifest it stands for
+    /// the files' names, sizes and times of change.
     pub fn digest(&self) -> String {
+        if let Some(described) = &self.described {
+            return described.clone();
+        }
         let mut hash = Sha256::new();
         for entry in &self.manifest.files {
             hash.update(format!("{} {} {}\n", entry.sha256, entry.bytes, entry.name));
@@ -170,8 +220,16 @@ impl Bundle {
         hex(&hash.finalize())
     }
 
-    /// Hashes every file and compares it with the manifest.
+    /// Whether a file beside the graph belongs to the model: the manifest names it, or there is none.
+    pub(crate) fn covers(&self, name: &str) -> bool {
+        self.described.is_some() || self.has(name)
+    }
+
+    /// Hashes every file and compares it with the manifest, if there is one.
     pub fn verify(&self) -> Result<(), BundleError> {
+        if self.described.is_some() {
+            return Ok(());
+        }
         for entry in &self.manifest.files {
             let path = self.path(&entry.name);
             let found = sha256_of(&path).map_err(|source| BundleError::Read {

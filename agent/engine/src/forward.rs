@@ -4,14 +4,16 @@
 use crate::arena::Arena;
 use crate::cores::Stay;
 use crate::observer::{Observer, Part};
-use crate::onnx::{Graph, GraphError, input_dims};
-use crate::ops::reader;
+use crate::onnx::{GraphError, input_dims, input_type};
+use crate::ops;
 use crate::pack::Weights;
+use crate::reference::{self, Exact};
 use crate::turn::{Batch, Scratch, Turn};
 use millwright_kernels::{Kernel, Pool};
 use std::cell::RefCell;
-use std::path::Path;
 use std::sync::Arc;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto};
 use tract_onnx::prelude::*;
 #[allow(clippy::wildcard_imports)] // tract's macros expect all of it
 use tract_onnx::tract_core::internal::*;
@@ -43,48 +45,65 @@ pub(crate) trait Forward: Send {
     fn kv_bytes_per_position(&self) -> usize;
 }
 
-/// What both plans are made from.
-pub(crate) struct Parts<'a> {
-    pub(crate) graph: Graph,
-    pub(crate) folder: &'a Path,
-    pub(crate) weights: Arc<Weights>,
+/// What a plan is made from.
+pub(crate) struct Parts {
+    /// The graph, whole.
+    pub(crate) model: ModelProto,
+    /// What its operators of ours work on: packed weights, or the sources themselves.
+    pub(crate) numbers: Numbers,
     pub(crate) kernel: Kernel,
     pub(crate) pool: Pool,
     /// The cores that the thread which steps keeps to meanwhile.
     pub(crate) kept_to: Option<Vec<usize>>,
 }
 
+/// Where weights come from.
+pub(crate) enum Numbers {
+    Packed(Arc<Weights>),
+    Exact(Box<Exact>),
+}
+
 type State = TypedSimpleState;
 
-impl Parts<'_> {
+impl Parts {
+    fn graph(&self) -> TractResult<&GraphProto> {
+        self.model.graph.as_ref().context("a model without a graph")
+    }
+
     /// Reads the rewritten graph through tract, with these facts for its inputs, and installs the turn.
     fn into_state(
-        mut self,
+        self,
         arena: Option<Arena>,
-        fact: impl Fn(&str, &[Option<usize>], &SymbolScope) -> Result<InferenceFact, GraphError>,
+        fact: impl Fn(&ValueInfoProto, &SymbolScope) -> Result<InferenceFact, GraphError>,
     ) -> TractResult<(State, usize)> {
-        self.graph.strip();
-        let folder = self
-            .folder
-            .to_str()
-            .context("the model's folder has no UTF-8 name")?;
-        let parsed = reader().parse(&self.graph.model, Some(folder))?;
+        let reader = match self.numbers {
+            Numbers::Packed(_) => ops::reader(),
+            Numbers::Exact(_) => reference::reader(),
+        };
+        let parsed = reader.parse(&self.model, None)?;
         ensure!(
             parsed.unresolved_inputs.is_empty(),
             "nothing makes {:?}",
             parsed.unresolved_inputs
         );
         let mut model = parsed.model;
-        for (index, input) in self.graph.proto().input.iter().enumerate() {
-            let fact = fact(&input.name, &input_dims(input), &model.symbols)?;
+        for (index, input) in self.graph()?.input.iter().enumerate() {
+            let fact = fact(input, &model.symbols)?;
             model.set_input_fact(index, fact)?;
         }
         let model = model.into_optimized()?;
         let vocab = vocab(&model)?;
         let plan = SimplePlan::new(model)?;
         let mut state = plan.spawn()?;
+        let weights = match self.numbers {
+            Numbers::Packed(weights) => Some(weights),
+            Numbers::Exact(exact) => {
+                state.turn_state.shared.insert(*exact);
+                None
+            }
+        };
         state.turn_state.shared.insert(Turn {
-            weights: self.weights,
+            weights,
             kernel: self.kernel,
             pool: self.pool,
             arena: RefCell::new(arena),
@@ -162,10 +181,11 @@ pub(crate) struct Flat {
 
 impl Flat {
     pub(crate) fn new(parts: Parts, arena: Arena) -> TractResult<Self> {
-        let (state, vocab) = parts.into_state(Some(arena), |name, _, symbols| match name {
-            "input_ids" => Ok(i64::fact([1.to_dim(), symbols.sym("tokens").to_dim()]).into()),
-            other => Err(GraphError::Input(other.into())),
-        })?;
+        let (state, vocab) =
+            parts.into_state(Some(arena), |input, symbols| match input.name.as_str() {
+                "input_ids" => Ok(i64::fact([1.to_dim(), symbols.sym("tokens").to_dim()]).into()),
+                other => Err(GraphError::Input(other.into())),
+            })?;
         Ok(Self { state, vocab })
     }
 
@@ -230,33 +250,38 @@ pub(crate) struct Plain {
     tokens_max: usize,
 }
 
+/// The type of an input of whole numbers.
+fn whole(input: &ValueInfoProto) -> DatumType {
+    if input_type(input) == Some(DataType::Int32 as i32) {
+        i32::datum_type()
+    } else {
+        i64::datum_type()
+    }
+}
+
 enum PlainInput {
-    Ids,
-    Mask,
-    Positions,
+    /// Whole numbers of this type.
+    Ids(DatumType),
+    Mask(DatumType),
+    Positions(DatumType),
     /// The n-th past, fed from this output.
     Past(usize, usize),
 }
 
 impl Plain {
     pub(crate) fn new(parts: Parts, tokens_max: usize) -> TractResult<Self> {
-        let outputs: Vec<String> = parts
-            .graph
-            .proto()
-            .output
-            .iter()
-            .map(|o| o.name.clone())
-            .collect();
+        let outputs = parts.graph()?.output.iter();
+        let outputs: Vec<String> = outputs.map(|o| o.name.clone()).collect();
         ensure!(
             outputs.first().is_some_and(|name| name == "logits"),
             "the first output is not logits"
         );
         let (mut inputs, mut empty) = (Vec::new(), Vec::new());
-        for input in &parts.graph.proto().input {
+        for input in &parts.graph()?.input {
             inputs.push(match input.name.as_str() {
-                "input_ids" => PlainInput::Ids,
-                "attention_mask" => PlainInput::Mask,
-                "position_ids" => PlainInput::Positions,
+                "input_ids" => PlainInput::Ids(whole(input)),
+                "attention_mask" => PlainInput::Mask(whole(input)),
+                "position_ids" => PlainInput::Positions(whole(input)),
                 other => {
                     let unknown = || GraphError::Input(other.into());
                     let rest = other.strip_prefix("past_key_values").ok_or_else(unknown)?;
@@ -271,15 +296,15 @@ impl Plain {
                 }
             });
         }
-        let (state, vocab) = parts.into_state(None, |name, dims, symbols| {
+        let (state, vocab) = parts.into_state(None, |input, symbols| {
             let (s, p) = (symbols.sym("S").to_dim(), symbols.sym("P").to_dim());
-            Ok(match (name, dims) {
-                ("input_ids" | "position_ids", _) => i64::fact([1.to_dim(), s]).into(),
-                ("attention_mask", _) => i64::fact([1.to_dim(), p + s]).into(),
+            Ok(match (input.name.as_str(), &input_dims(input)[..]) {
+                ("input_ids" | "position_ids", _) => whole(input).fact([1.to_dim(), s]).into(),
+                ("attention_mask", _) => whole(input).fact([1.to_dim(), p + s]).into(),
                 (_, &[_, Some(heads), _, Some(dim)]) => {
                     f32::fact([1.to_dim(), heads.to_dim(), p, dim.to_dim()]).into()
                 }
-                _ => return Err(GraphError::Input(name.into())),
+                (name, _) => return Err(GraphError::Input(name.into())),
             })
         })?;
         Ok(Self {
@@ -308,15 +333,16 @@ impl Forward for Plain {
             .as_ref()
             .filter(|_| first > 0)
             .unwrap_or(&self.empty);
-        let row = |values: Vec<i64>| {
-            tensor1(&values)
-                .into_shape(&[1, values.len()])
-                .map(Tensor::into_tvalue)
+        let row = |of: DatumType, values: Vec<i64>| -> TractResult<TValue> {
+            let tensor = tensor1(&values).into_shape(&[1, values.len()])?;
+            Ok(tensor.cast_to_dt(of)?.into_owned().into_tvalue())
         };
         let inputs = self.inputs.iter().map(|input| match *input {
-            PlainInput::Ids => row(rows.iter().map(|row| i64::from(row.token)).collect()),
-            PlainInput::Mask => row(vec![1; first + rows.len()]),
-            PlainInput::Positions => row(rows.iter().map(|row| row.position as i64).collect()),
+            PlainInput::Ids(of) => row(of, rows.iter().map(|row| i64::from(row.token)).collect()),
+            PlainInput::Mask(of) => row(of, vec![1; first + rows.len()]),
+            PlainInput::Positions(of) => {
+                row(of, rows.iter().map(|row| row.position as i64).collect())
+            }
             PlainInput::Past(index, _) => Ok(past[index].clone()),
         });
         let inputs = inputs.collect::<TractResult<TVec<_>>>()?;

@@ -1,18 +1,26 @@
 //! An ONNX graph as protobuf, with the lookups that rewriting needs. Knows the format, never a model.
 
-use crate::map::Mapped;
-use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
-use std::path::Path;
-use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
-    attribute_proto::AttributeType, tensor_shape_proto::dimension, type_proto,
-};
-use tract_onnx::prelude::Framework;
+mod node;
+mod skeleton;
+mod tensors;
 
-/// A graph file larger than this is refused unread: weights belong in external data.
-const GRAPH_BYTES_MAX: u64 = 2 << 30;
+pub(crate) use node::{
+    float, input, int, int_attribute, ints, is_or_absent, new_node, output, with_float, with_ints,
+};
+pub(crate) use tensors::{Numbers, dims, elements};
+
+use crate::map::Mapped;
+use prost::Message;
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet};
+use std::path::Path;
+use tensors::Files;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{
+    GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto,
+    tensor_shape_proto::dimension, type_proto,
+};
 
 /// Why a graph can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -29,64 +37,56 @@ pub enum GraphError {
     Shape(String),
 }
 
-/// A graph and its weights' file, indexed by value name.
+/// A graph and the files of its weights, indexed by value name.
 pub(crate) struct Graph {
     pub(crate) model: ModelProto,
     producers: HashMap<String, usize>,
     consumers: HashMap<String, Vec<usize>>,
     initializers: HashMap<String, usize>,
-    external: HashMap<String, Mapped>,
+    files: Files,
 }
 
 impl Graph {
-    /// Reads the graph; maps the files that its external tensors name.
+    /// Reads the graph without its weights; maps its file and those that its external tensors name.
     pub(crate) fn open(path: &Path) -> Result<Self, GraphError> {
         let parse = |reason: String| GraphError::Parse {
             path: path.display().to_string(),
             reason,
         };
-        let bytes = path.metadata().map_err(|e| parse(e.to_string()))?.len();
-        if bytes > GRAPH_BYTES_MAX {
-            return Err(parse(format!(
-                "{bytes} bytes; the limit is {GRAPH_BYTES_MAX}"
-            )));
-        }
-        let model = tract_onnx::onnx()
-            .proto_model_for_path(path)
-            .map_err(|e| parse(format!("{e:#}")))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let map = Mapped::open(path).map_err(|e| parse(e.to_string()))?;
+        let bytes = skeleton::skeleton(map.bytes(), &name).map_err(parse)?;
+        let model = ModelProto::decode(&*bytes).map_err(|e| parse(e.to_string()))?;
         if model.graph.is_none() {
             return Err(parse("it holds no graph".into()));
         }
+        if !model.functions.is_empty() {
+            return Err(parse(
+                "it defines functions of its own; export it with them inlined".into(),
+            ));
+        }
+        let mut files = Files::of(path.parent().unwrap_or(Path::new(".")));
+        files.add(&name, map);
         let mut graph = Self {
             model,
             producers: HashMap::new(),
             consumers: HashMap::new(),
             initializers: HashMap::new(),
-            external: HashMap::new(),
+            files,
         };
-        graph.index();
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let names: HashSet<String> = graph
-            .proto()
-            .initializer
-            .iter()
-            .filter_map(|t| external_entry(t, "location"))
-            .collect();
-        for name in names {
-            if name.contains(['/', '\\']) || name == ".." {
-                return Err(parse(format!(
-                    "external data in {name:?}, outside the model's folder"
-                )));
-            }
-            let map =
-                Mapped::open(&folder.join(&name)).map_err(|e| parse(format!("{name}: {e}")))?;
-            graph.external.insert(name, map);
-        }
-        for tensor in &graph.proto().initializer {
-            graph.check(tensor)?;
-        }
-        graph.check_nodes()?;
+        graph.admit()?;
         Ok(graph)
+    }
+
+    /// Checks what came from outside: stored tensors, and how nodes hang together.
+    pub(crate) fn admit(&mut self) -> Result<(), GraphError> {
+        self.index();
+        let graph = self.model.graph.as_ref().expect("checked in open");
+        for tensor in &graph.initializer {
+            self.files.open(tensor)?;
+            self.files.check(tensor)?;
+        }
+        self.check_nodes()
     }
 
     pub(crate) fn proto(&self) -> &GraphProto {
@@ -136,13 +136,51 @@ impl Graph {
         self.index();
     }
 
-    /// Drops the initializers that no node reads, so that tract never loads them.
-    pub(crate) fn strip(&mut self) {
-        let consumers = std::mem::take(&mut self.consumers);
-        self.proto_mut()
+    /// The model as tract is to read it: with the stored tensors that nodes read, and no others, inside.
+    pub(crate) fn to_model(&self) -> Result<ModelProto, GraphError> {
+        let proto = self.proto();
+        let read = proto
             .initializer
-            .retain(|t| consumers.contains_key(&t.name));
-        self.index();
+            .iter()
+            .filter(|t| self.consumers.contains_key(&t.name));
+        Ok(ModelProto {
+            ir_version: self.model.ir_version,
+            opset_import: self.model.opset_import.clone(),
+            graph: Some(GraphProto {
+                node: proto.node.clone(),
+                input: proto.input.clone(),
+                output: proto.output.clone(),
+                initializer: read.map(|t| self.resident(t)).collect::<Result<_, _>>()?,
+                ..GraphProto::default()
+            }),
+            ..ModelProto::default()
+        })
+    }
+
+    /// A stored tensor with its numbers inside, floats as f32.
+    pub(crate) fn resident(&self, tensor: &TensorProto) -> Result<TensorProto, GraphError> {
+        let narrow = [DataType::Float16, DataType::Bfloat16, DataType::Double];
+        let (data_type, raw_data) = if narrow.contains(&tensor.data_type()) {
+            let values = self.values(&tensor.name).unwrap_or_default();
+            (
+                DataType::Float as i32,
+                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            )
+        } else {
+            (tensor.data_type, self.bytes(tensor)?.into_owned())
+        };
+        Ok(TensorProto {
+            name: tensor.name.clone(),
+            dims: tensor.dims.clone(),
+            data_type,
+            raw_data,
+            ..TensorProto::default()
+        })
+    }
+
+    /// Where the node that makes a value stands.
+    pub(crate) fn place(&self, value: &str) -> Option<usize> {
+        self.producers.get(value).copied()
     }
 
     pub(crate) fn node(&self, index: usize) -> &NodeProto {
@@ -186,9 +224,11 @@ impl Graph {
         self.initializers.contains_key(value)
     }
 
-    pub(crate) fn is_f32_initializer(&self, value: &str) -> bool {
+    /// Whether a value is a stored vector of floats.
+    pub(crate) fn is_vector(&self, value: &str) -> bool {
+        let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16];
         self.initializer(value)
-            .is_some_and(|t| t.data_type() == DataType::Float)
+            .is_some_and(|t| t.dims.len() == 1 && floats.contains(&t.data_type()))
     }
 
     pub(crate) fn initializer(&self, name: &str) -> Option<&TensorProto> {
@@ -197,83 +237,45 @@ impl Graph {
             .map(|&i| &self.proto().initializer[i])
     }
 
-    /// A tensor's raw little-endian bytes, wherever they are stored.
+    /// A stored tensor's little-endian bytes.
     pub(crate) fn bytes<'a>(
         &'a self,
         tensor: &'a TensorProto,
     ) -> Result<Cow<'a, [u8]>, GraphError> {
-        let wrong = |reason: &str| GraphError::Tensor {
-            tensor: tensor.name.clone(),
-            reason: reason.into(),
-        };
-        if tensor.data_location() == DataLocation::External {
-            let number = |key, default| match external_entry(tensor, key) {
-                None => Ok(default),
-                Some(text) => text
-                    .parse::<usize>()
-                    .map_err(|_| wrong("a bad external offset or length")),
-            };
-            let location =
-                external_entry(tensor, "location").ok_or_else(|| wrong("no location"))?;
-            let data = self
-                .external
-                .get(&location)
-                .ok_or_else(|| wrong("no external file"))?
-                .bytes();
-            let offset = number("offset", 0)?;
-            let length = number("length", data.len().saturating_sub(offset))?;
-            let end = offset
-                .checked_add(length)
-                .ok_or_else(|| wrong("a bad external range"))?;
-            let range = data.get(offset..end);
-            return range
-                .map(Cow::Borrowed)
-                .ok_or_else(|| wrong("lies beyond the end of its file"));
-        }
-        if !tensor.raw_data.is_empty() {
-            return Ok(Cow::Borrowed(&tensor.raw_data));
-        }
-        Ok(Cow::Owned(match tensor.data_type() {
-            DataType::Float => tensor
-                .float_data
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect(),
-            DataType::Int64 => tensor
-                .int64_data
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect(),
-            DataType::Int32 => tensor
-                .int32_data
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect(),
-            DataType::Int8 | DataType::Uint8 | DataType::Bool => {
-                tensor.int32_data.iter().map(|&v| v as u8).collect()
-            }
-            other => {
-                return Err(wrong(&format!(
-                    "{other:?} values in typed fields are not read"
-                )));
-            }
-        }))
+        self.files.bytes(tensor)
     }
 
-    /// Checks what the rewriting relies on: every value is made once and before it is read, operators have the
-    /// inputs that they can't be without, and none claims to be ours.
-    fn check_nodes(&self) -> Result<(), GraphError> {
+    /// A stored tensor's numbers, to be read one by one.
+    pub(crate) fn numbers(&self, name: &str) -> Option<Numbers<'_>> {
+        let tensor = self.initializer(name)?;
+        let bytes = self.files.bytes(tensor).ok()?;
+        Some(Numbers::new(bytes, tensor.data_type()))
+    }
+
+    /// All numbers of a stored tensor.
+    pub(crate) fn values(&self, name: &str) -> Option<Vec<f32>> {
+        let count = elements(self.initializer(name)?)?;
+        let numbers = self.numbers(name)?;
+        Some((0..count).map(|i| numbers.at(i)).collect())
+    }
+
+    /// The number in a stored tensor that has one.
+    pub(crate) fn scalar(&self, name: &str) -> Option<f32> {
+        let one = elements(self.initializer(name)?)? == 1;
+        self.numbers(name)
+            .filter(|_| one)
+            .map(|numbers| numbers.at(0))
+    }
+
+    /// Checks what the rewriting relies on: every value is made once, operators have the inputs that they can't be
+    /// without, and none claims to be ours. Puts nodes behind those whose values they read.
+    fn check_nodes(&mut self) -> Result<(), GraphError> {
+        let proto = self.proto();
         let mut made: HashSet<&str> = self.initializers.keys().map(String::as_str).collect();
-        made.extend(self.proto().input.iter().map(|input| input.name.as_str()));
-        for node in &self.proto().node {
-            let wrong = |what: &str| {
-                GraphError::Shape(format!(
-                    "has a node {} ({}) {what}",
-                    node.name, node.op_type
-                ))
-            };
+        made.extend(proto.input.iter().map(|input| input.name.as_str()));
+        for node in &proto.node {
             if node.op_type.starts_with("Millwright") {
-                return Err(wrong("of a type that is reserved"));
+                return Err(wrong(node, "of a type that is reserved"));
             }
             let least = match node.op_type.as_str() {
                 "Attention" | "RotaryEmbedding" | "MatMulNBits" => 3,
@@ -286,150 +288,169 @@ impl Graph {
             if required.is_none_or(|names| names.iter().any(String::is_empty))
                 || node.output.first().is_none_or(String::is_empty)
             {
-                return Err(wrong("without all its inputs or its output"));
+                return Err(wrong(node, "without all its inputs or its output"));
             }
-            if let Some(name) = node
-                .input
-                .iter()
-                .find(|name| !name.is_empty() && !made.contains(name.as_str()))
-            {
-                return Err(wrong(&format!(
-                    "that reads {name}, which nothing made before it"
-                )));
-            }
-            if node
-                .output
-                .iter()
-                .any(|name| !name.is_empty() && !made.insert(name))
-            {
-                return Err(wrong("that makes a value a second time"));
+            let mut outputs = node.output.iter().filter(|name| !name.is_empty());
+            if !outputs.all(|name| made.insert(name)) {
+                return Err(wrong(node, "that makes a value a second time"));
             }
         }
-        match self
-            .proto()
+        for node in &proto.node {
+            let mut inputs = node.input.iter().filter(|name| !name.is_empty());
+            if let Some(name) = inputs.find(|name| !made.contains(name.as_str())) {
+                return Err(wrong(
+                    node,
+                    &format!("that reads {name}, which nothing makes"),
+                ));
+            }
+        }
+        let missing = proto
             .output
             .iter()
-            .find(|output| !made.contains(output.name.as_str()))
-        {
-            Some(output) => Err(GraphError::Shape(format!(
-                "has an output {} that nothing makes",
-                output.name
-            ))),
-            None if self.is_output("logits") => Ok(()),
-            None => Err(GraphError::Shape("has no output named logits".into())),
+            .find(|o| !made.contains(o.name.as_str()));
+        if let Some(output) = missing {
+            let reason = format!("has an output {} that nothing makes", output.name);
+            return Err(GraphError::Shape(reason));
         }
-    }
-
-    /// Lets go of the memory of what was read from the files beside the graph; read again, it comes back.
-    pub(crate) fn forget(&self) {
-        self.external.values().for_each(Mapped::forget);
-    }
-
-    /// Names of the files beside the graph that hold its weights.
-    pub(crate) fn external_files(&self) -> impl Iterator<Item = &str> {
-        self.external.keys().map(String::as_str)
-    }
-
-    /// Checks that a tensor's stated shape is what its bytes hold.
-    fn check(&self, tensor: &TensorProto) -> Result<(), GraphError> {
-        let wrong = |reason| GraphError::Tensor {
-            tensor: tensor.name.clone(),
-            reason,
-        };
-        let width = match tensor.data_type() {
-            DataType::Float | DataType::Int32 | DataType::Uint32 => 4,
-            DataType::Int64 | DataType::Double | DataType::Uint64 => 8,
-            DataType::Float16 | DataType::Bfloat16 | DataType::Int16 | DataType::Uint16 => 2,
-            DataType::Int8 | DataType::Uint8 | DataType::Bool => 1,
-            _ => return Ok(()),
-        };
-        let count = tensor.dims.iter().try_fold(1usize, |all, &dim| {
-            usize::try_from(dim)
-                .ok()
-                .and_then(|dim| all.checked_mul(dim))
-        });
-        let expected = count.and_then(|count| count.checked_mul(width));
-        let typed = tensor.raw_data.is_empty() && tensor.data_location() != DataLocation::External;
-        let found = if typed && width == 2 {
-            return Ok(());
-        } else {
-            self.bytes(tensor)?.len()
-        };
-        if expected != Some(found) {
-            return Err(wrong(format!(
-                "shape {:?} does not fit its {found} bytes",
-                tensor.dims
-            )));
+        if !self.is_output("logits") {
+            return Err(GraphError::Shape("has no output named logits".into()));
         }
+        self.sort()
+    }
+
+    /// Nodes in an order in which each finds its values made; some exporters' last passes don't keep to one. Else they
+    /// stay as they are.
+    fn sort(&mut self) -> Result<(), GraphError> {
+        let nodes = &self.proto().node;
+        let needs = |node: &NodeProto| {
+            let makers = reads(node).filter_map(|name| self.place(name));
+            makers.collect::<HashSet<usize>>()
+        };
+        let mut waits: Vec<usize> = nodes.iter().map(|node| needs(node).len()).collect();
+        let mut readers: Vec<Vec<usize>> = vec![Vec::new(); nodes.len()];
+        for (index, node) in nodes.iter().enumerate() {
+            for maker in needs(node) {
+                readers[maker].push(index);
+            }
+        }
+        let free = (0..nodes.len()).filter(|&index| waits[index] == 0);
+        let mut ready: BinaryHeap<Reverse<usize>> = free.map(Reverse).collect();
+        let mut order = Vec::with_capacity(nodes.len());
+        while let Some(Reverse(index)) = ready.pop() {
+            order.push(index);
+            for &reader in &readers[index] {
+                waits[reader] -= 1;
+                if waits[reader] == 0 {
+                    ready.push(Reverse(reader));
+                }
+            }
+        }
+        if let Some(stuck) = waits.iter().position(|&wait| wait > 0) {
+            return Err(wrong(
+                &nodes[stuck],
+                "that reads, in a circle, what it makes",
+            ));
+        }
+        let mut nodes: Vec<_> = std::mem::take(&mut self.proto_mut().node)
+            .into_iter()
+            .map(Some)
+            .collect();
+        let sorted = order.into_iter().filter_map(|index| nodes[index].take());
+        self.proto_mut().node = sorted.collect();
+        self.index();
         Ok(())
+    }
+
+    /// Lets go of the memory of what was read from the files; read again, it comes back.
+    pub(crate) fn forget(&self) {
+        self.files.forget();
+    }
+
+    /// Names of the files that hold the graph and its weights.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.names()
+    }
+
+    /// Gives a value another name, where it is made and wherever it is read.
+    pub(crate) fn rename(&mut self, old: &str, new: &str) {
+        if let Some(&maker) = self.producers.get(old) {
+            for output in &mut self.proto_mut().node[maker].output {
+                if output == old {
+                    new.clone_into(output);
+                }
+            }
+            self.producers.remove(old);
+            self.producers.insert(new.to_owned(), maker);
+        }
+        self.replace_uses(old, new);
+    }
+
+    /// Has all who read one value read another instead. Call [`Graph::index`] when all is replaced.
+    pub(crate) fn replace_uses(&mut self, old: &str, new: &str) {
+        let readers = self.consumers.remove(old).unwrap_or_default();
+        for &reader in &readers {
+            for input in &mut self.proto_mut().node[reader].input {
+                if input == old {
+                    new.clone_into(input);
+                }
+            }
+        }
+        self.consumers
+            .entry(new.to_owned())
+            .or_default()
+            .extend(readers);
     }
 }
 
+fn wrong(node: &NodeProto, what: &str) -> GraphError {
+    GraphError::Shape(format!(
+        "has a node {} ({}) {what}",
+        node.name, node.op_type
+    ))
+}
+
 /// All values that a node reads: its inputs, and what its branches or bodies take from around them.
-fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
+pub(crate) fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
     let graphs = node
         .attribute
         .iter()
         .flat_map(|a| a.g.iter().chain(&a.graphs));
     let inner = graphs.flat_map(|g| {
-        g.node
+        let made: HashSet<&str> = g
+            .node
+            .iter()
+            .flat_map(|node| node.output.iter().map(String::as_str))
+            .collect();
+        let read = g
+            .node
             .iter()
             .flat_map(reads)
-            .chain(g.output.iter().map(|o| o.name.as_str()))
+            .chain(g.output.iter().map(|o| o.name.as_str()));
+        read.filter(move |name| !made.contains(name))
     });
     Box::new(node.input.iter().map(String::as_str).chain(inner))
 }
 
-fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
-    node.attribute.iter().find(|a| a.name == name)
-}
-
-pub(crate) fn int(node: &NodeProto, name: &str) -> Option<i64> {
-    attribute(node, name).map(|a| a.i)
-}
-
-pub(crate) fn float(node: &NodeProto, name: &str) -> Option<f32> {
-    attribute(node, name).map(|a| a.f)
-}
-
-pub(crate) fn ints<'a>(node: &'a NodeProto, name: &str) -> &'a [i64] {
-    attribute(node, name).map_or(&[], |a| &a.ints)
-}
-
-/// A node to be added to a graph.
-pub(crate) fn new_node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
-    NodeProto {
-        op_type: op.into(),
-        name: outputs
-            .first()
-            .map(|name| format!("{op}/{name}"))
-            .unwrap_or_default(),
-        input: inputs.iter().map(ToString::to_string).collect(),
-        output: outputs.iter().map(ToString::to_string).collect(),
-        ..NodeProto::default()
+/// A graph's input or output of which only the type is said.
+pub(crate) fn value_info(name: &str, elem_type: i32) -> ValueInfoProto {
+    let tensor = type_proto::Tensor {
+        elem_type,
+        shape: None,
+    };
+    ValueInfoProto {
+        name: name.into(),
+        r#type: Some(TypeProto {
+            value: Some(type_proto::Value::TensorType(tensor)),
+            ..TypeProto::default()
+        }),
+        ..ValueInfoProto::default()
     }
 }
 
-/// The same node with an attribute of whole numbers.
-pub(crate) fn with_ints(mut node: NodeProto, name: &str, values: &[usize]) -> NodeProto {
-    node.attribute.push(AttributeProto {
-        name: name.into(),
-        r#type: AttributeType::Ints as i32,
-        ints: values.iter().map(|&v| v as i64).collect(),
-        ..AttributeProto::default()
-    });
-    node
-}
-
-/// The same node with a float attribute.
-pub(crate) fn with_float(mut node: NodeProto, name: &str, value: f32) -> NodeProto {
-    node.attribute.push(AttributeProto {
-        name: name.into(),
-        r#type: AttributeType::Float as i32,
-        f: value,
-        ..AttributeProto::default()
-    });
-    node
+/// The type of a graph input's numbers, where it is stated.
+pub(crate) fn input_type(input: &ValueInfoProto) -> Option<i32> {
+    let type_proto::Value::TensorType(tensor) = input.r#type.as_ref()?.value.as_ref()?;
+    Some(tensor.elem_type)
 }
 
 /// The stated sizes of a graph input; `None` where one is symbolic.
@@ -446,12 +467,4 @@ pub(crate) fn input_dims(input: &ValueInfoProto) -> Vec<Option<usize>> {
             _ => None,
         })
         .collect()
-}
-
-fn external_entry(tensor: &TensorProto, key: &str) -> Option<String> {
-    tensor
-        .external_data
-        .iter()
-        .find(|e| e.key == key)
-        .map(|e| e.value.clone())
 }

@@ -2,20 +2,24 @@
 //! once, at start, in a sentence.
 
 use crate::arena::{Arena, KvPrecision};
-use crate::bundle::{Bundle, BundleError, GRAPH};
+use crate::bundle::{Bundle, BundleError};
 use crate::cores::{Cores, pool};
-use crate::forward::{Flat, Forward, Parts, Plain};
-use crate::fuse::{fuse, position_wise};
-use crate::lower;
-use crate::onnx::{Graph, GraphError};
-use crate::pack::{PackError, Weights};
-use crate::recipe::Recipe;
+use crate::forward::{Flat, Forward, Numbers, Parts, Plain};
+use crate::import::{Goal, Imported, import};
+use crate::onnx::GraphError;
+use crate::pack::{Outline, PackError, Weights};
+use crate::reference::Exact;
 use crate::text::{Text, TextError};
 use crate::tuning::{self, Key, Threads};
 use millwright_kernels::{Kernel, KernelError};
+use prost::Message;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::TractError;
+
+/// No context is longer: each position has a row in the rotary tables.
+const CONTEXT_MAX: usize = 32_768;
 
 /// How a model is to be run.
 #[derive(Debug, Clone)]
@@ -43,8 +47,10 @@ pub struct Options {
 pub enum PlanChoice {
     /// Flat where every attention block is recognised, else plain.
     Auto,
-    /// Plain always: the reference.
+    /// Plain always.
     Plain,
+    /// Plain, and linears in f32 arithmetic on the file's own numbers: what other plans are measured by.
+    Reference,
 }
 
 impl Default for Options {
@@ -146,45 +152,36 @@ impl Model {
             None => Kernel::chosen()?,
         };
         let text = Arc::new(Text::open(&bundle)?);
-        let mut graph = Graph::open(&bundle.path(GRAPH))?;
-        if let Some(name) = graph.external_files().find(|name| !bundle.has(name)) {
-            let reason = format!("keeps weights in {name}, which the manifest doesn't name");
-            return Err(GraphError::Shape(reason).into());
-        }
-        let mut recipe = Recipe::default();
-        lower::linears(&mut graph, &mut recipe)?;
-        let flat = match options.plan {
-            PlanChoice::Plain => Err("the plain plan was asked for".to_owned()),
-            PlanChoice::Auto => flatten(&mut graph, &mut recipe),
+        let goal = match options.plan {
+            PlanChoice::Auto => Goal::Flat {
+                positions: bundle.manifest.context_length.min(CONTEXT_MAX),
+            },
+            PlanChoice::Plain => Goal::Plain,
+            PlanChoice::Reference => Goal::Exact,
         };
-        fuse(&mut graph, &mut recipe);
-        let left: Vec<&str> = graph
-            .proto()
-            .node
-            .iter()
-            .map(|node| node.op_type.as_str())
-            .collect();
-        let fused = flat.is_ok() && left.iter().all(|op| op.starts_with("Millwright"));
-        if let Err(why) = &flat {
-            recipe.notes.push(format!("one sequence at a time: {why}"));
-        } else if !fused {
-            let foreign = left
-                .iter()
-                .filter(|op| !op.starts_with("Millwright"))
-                .count();
-            recipe
-                .notes
-                .push(format!("{foreign} operators were left to tract"));
-        }
-        let weights = Weights::open(
-            &bundle,
-            &graph,
-            &recipe,
-            kernel.layout(),
-            &options.state_dir,
-        )?;
-        let weights = Arc::new(weights);
-        let (packed_bytes, bytes_per_token) = (weights.bytes(), weights.bytes_per_token(&recipe));
+        let plan = |e: TractError| OpenError::Plan {
+            folder: folder.into(),
+            reason: format!("{e:#}"),
+        };
+        let (model, numbers, outline) = if goal == Goal::Exact {
+            let imported = import(&bundle.graph(), goal)?;
+            let outline = Outline::of(&imported);
+            let Imported { graph, recipe, .. } = imported;
+            (
+                graph.to_model()?,
+                Numbers::Exact(Box::new(Exact { graph, recipe })),
+                outline,
+            )
+        } else {
+            let weights = Weights::open(&bundle, goal, kernel.layout(), &options.state_dir)?;
+            let model = ModelProto::decode(weights.graph()).map_err(|e| plan(e.into()))?;
+            let outline = weights.outline().clone();
+            (model, Numbers::Packed(Arc::new(weights)), outline)
+        };
+        let (packed_bytes, bytes_per_token) = match &numbers {
+            Numbers::Packed(weights) => (weights.bytes(), weights.bytes_per_token()),
+            Numbers::Exact(_) => (0, 0),
+        };
         let cores = Cores::here();
         let threads = match options.threads {
             None => cores.threads_fast(),
@@ -193,27 +190,23 @@ impl Model {
         let kept_to = cores.kept_to(threads).map(<[usize]>::to_vec);
         let pool = pool(threads, kept_to.clone());
         let parts = Parts {
-            graph,
-            folder,
-            weights,
+            model,
+            numbers,
             kernel,
             pool,
             kept_to,
         };
-        let plan = |e: TractError| OpenError::Plan {
-            folder: folder.into(),
-            reason: format!("{e:#}"),
-        };
-        let positions = recipe
-            .geometry
-            .map_or(usize::MAX, |geometry| geometry.positions);
+        let Outline {
+            geometry,
+            is_fused,
+            mut notes,
+            ..
+        } = outline;
         let context_length = bundle
             .manifest
             .context_length
             .min(options.kv_tokens)
-            .min(positions);
-        let mut notes = recipe.notes;
-        let geometry = recipe.geometry.filter(|_| flat.is_ok());
+            .min(geometry.map_or(usize::MAX, |geometry| geometry.positions));
         let is_flat = geometry.is_some();
         let mut forward: Box<dyn Forward> = if let Some(geometry) = geometry {
             let precision = options.kv_precision;
@@ -251,7 +244,7 @@ impl Model {
             precision: bundle.manifest.precision.clone(),
             digest,
             context_length,
-            exact: fused && kernel.is_exact(),
+            exact: is_fused && kernel.is_exact(),
             plan: name,
             kernel: kernel.name().into(),
             threads,
@@ -270,23 +263,4 @@ impl Model {
             bytes_per_token,
         })
     }
-}
-
-/// Takes the graph to its flat form, or leaves it as it was and says why not.
-fn flatten(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), String> {
-    let proto = graph.proto();
-    let before = (
-        proto.node.clone(),
-        proto.input.clone(),
-        proto.output.clone(),
-    );
-    let done = lower::attention(graph, recipe).and_then(|()| position_wise(graph));
-    if done.is_err() {
-        let proto = graph.proto_mut();
-        (proto.node, proto.input, proto.output) = before;
-        graph.index();
-        recipe.geometry = None;
-        recipe.tables.clear();
-    }
-    done
 }

@@ -1,8 +1,7 @@
 //! Our tract operators: embedding, projection (norm, quantise, linears, SwiGLU, residual) and attention. They hold
 //! indices and sizes; what they work on comes through [`Turn`]. Activations are `[1, tokens, width]` f32.
 
-use crate::fuse::PROJECT;
-use crate::lower::{ATTEND, EMBED};
+use crate::import::{ATTEND, EMBED, PROJECT};
 use crate::observer::Part;
 use crate::onnx::{float, ints};
 use crate::turn::{Scratch, Turn};
@@ -28,15 +27,15 @@ pub(crate) fn reader() -> tract_onnx::Onnx {
     onnx
 }
 
-type Parsed = (Box<dyn InferenceOp>, Vec<String>);
+pub(crate) type Parsed = (Box<dyn InferenceOp>, Vec<String>);
 
-fn parsed<T: Ours>(node: &NodeProto, op: Option<T>) -> TractResult<Parsed> {
+pub(crate) fn parsed<T: Ours>(node: &NodeProto, op: Option<T>) -> TractResult<Parsed> {
     let op = op.with_context(|| format!("{} lacks an attribute", node.name))?;
     Ok((expand(Lifted(op)), vec![]))
 }
 
-/// What the three operators have in common.
-trait Ours: TypedOp + Clone + PartialEq {
+/// What all our operators have in common.
+pub(crate) trait Ours: TypedOp + Clone + PartialEq {
     /// The last dimension of each output.
     fn widths(&self) -> TVec<usize>;
 
@@ -135,7 +134,7 @@ impl EvalOp for Embed {
         let turn = turn(ctx)?;
         let _part = turn.part(Part::Embedding);
         let ids = inputs[0].try_as_plain_ram()?.as_slice::<i64>()?;
-        let table = turn.weights.weight(self.weight);
+        let table = turn.weights().weight(self.weight);
         let rows = table.shape().rows();
         ensure!(
             ids.iter().all(|&id| (0..rows as i64).contains(&id)),
@@ -166,7 +165,7 @@ impl TypedOp for Embed {
     }
 }
 
-/// `[norm or SwiGLU →] quantise → linears [→ + residual]`: inputs x `[1, tokens, cols]`, or gate and up of that
+/// `[norm or SwiGLU →] quantise → linears [→ + bias] [→ + residual]`: inputs x `[1, tokens, cols]`, or gate and up of that
 /// shape, and perhaps the residual; one output `[1, tokens, rows]` a linear.
 #[derive(Debug, Clone, PartialEq)]
 struct Project {
@@ -175,6 +174,8 @@ struct Project {
     /// Whether the first two inputs are gate and up.
     gated: bool,
     weights: TVec<usize>,
+    /// Their tables, where they have one.
+    biases: TVec<Option<usize>>,
     widths: TVec<usize>,
     /// Set for the head: only the rows that are sampled, this symbol many.
     head: bool,
@@ -188,6 +189,10 @@ impl Project {
         Some(Self {
             norm: index(node, "norm", 0).zip(float(node, "epsilon")),
             weights: ints(node, "weights").iter().map(|&v| v as usize).collect(),
+            biases: ints(node, "biases")
+                .iter()
+                .map(|&v| usize::try_from(v).ok()?.checked_sub(1))
+                .collect(),
             widths: ints(node, "widths").iter().map(|&v| v as usize).collect(),
             gated: index(node, "gated", 0)? == 1,
             head: index(node, "head", 0)? == 1,
@@ -229,7 +234,7 @@ impl EvalOp for Project {
             .last()
             .context("a scalar where activations belong")?;
         for &weight in &self.weights {
-            let cols = turn.weights.weight(weight).shape().cols();
+            let cols = turn.weights().weight(weight).shape().cols();
             ensure!(
                 width == cols,
                 "activations of {width} for a weight of {cols} columns"
@@ -248,7 +253,7 @@ impl EvalOp for Project {
         let rows = match self.norm {
             Some((gain, eps)) => Rows::Normed {
                 x,
-                gamma: turn.weights.table(gain),
+                gamma: turn.weights().table(gain),
                 eps,
             },
             None if self.gated => Rows::Gated {
@@ -257,7 +262,7 @@ impl EvalOp for Project {
             },
             None => Rows::Plain(x),
         };
-        let weight = |&index: &usize| turn.weights.weight(index);
+        let weight = |&index: &usize| turn.weights().weight(index);
         quantised.keep_sums(self.weights.iter().any(|w| weight(w).kind().needs_sums()));
         turn.kernel
             .quantise_rows(rows, width, quantised, &turn.pool);
@@ -269,10 +274,12 @@ impl EvalOp for Project {
             let views = outputs.iter_mut().map(writable);
             let mut views = views.collect::<TractResult<TVec<_>>>()?;
             let mut jobs = TVec::<Job>::new();
-            for (view, &weight) in views.iter_mut().zip(&self.weights) {
+            let linears = self.weights.iter().zip(&self.biases);
+            for (view, (&weight, bias)) in views.iter_mut().zip(linears) {
                 jobs.push(Job {
-                    weight: turn.weights.weight(weight),
+                    weight: turn.weights().weight(weight),
                     y: view.as_slice_mut()?,
+                    bias: bias.map(|table| turn.weights().table(table)),
                     residual: None,
                 });
             }
@@ -312,8 +319,10 @@ struct Attend {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// Leading channels of a head that are rotated.
+    rotary: usize,
     scale: f32,
-    /// Tables of `[positions, head_dim / 2]`.
+    /// Tables of `[positions, rotary / 2]`.
     cos: usize,
     sin: usize,
 }
@@ -327,6 +336,7 @@ impl Attend {
             heads: index(node, "shape", 1)?,
             kv_heads: index(node, "shape", 2)?,
             head_dim: index(node, "shape", 3)?,
+            rotary: index(node, "shape", 4)?,
             scale: float(node, "scale")?,
             cos: index(node, "tables", 0)?,
             sin: index(node, "tables", 1)?,
@@ -371,8 +381,11 @@ impl EvalOp for Attend {
         scratch
             .k
             .extend_from_slice(k.try_as_plain_ram()?.as_slice::<f32>()?);
-        let (dim, half) = (self.head_dim, self.head_dim / 2);
-        let (cos, sin) = (turn.weights.table(self.cos), turn.weights.table(self.sin));
+        let (dim, half) = (self.head_dim, self.rotary / 2);
+        let (cos, sin) = (
+            turn.weights().table(self.cos),
+            turn.weights().table(self.sin),
+        );
         let (width, kv_width) = (self.heads * dim, self.kv_heads * dim);
         let fit = scratch.q.len() == rows.len() * width
             && scratch.k.len() == rows.len() * kv_width
@@ -437,7 +450,7 @@ fn turn<'a>(ctx: &'a EvalContext) -> TractResult<&'a Turn> {
         .context("no turn was installed")
 }
 
-fn index(node: &NodeProto, name: &str, at: usize) -> Option<usize> {
+pub(crate) fn index(node: &NodeProto, name: &str, at: usize) -> Option<usize> {
     ints(node, name).get(at).map(|&v| v as usize)
 }
 

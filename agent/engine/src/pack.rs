@@ -1,29 +1,33 @@
-//! The packed file: a model's weights in the layout that this CPU's kernels read, written once by streaming, then
-//! mapped at every start. It can always be made anew from the bundle. Which kind a weight is packed as depends on
-//! its numbers: they are read when it is packed, and the file says it from then on.
+//! The packed file: all that running a model takes. Its graph of our operators, and its weights in the layout that this
+//! CPU's kernels read, written once by streaming, then mapped at every start. It can always be made anew from the
+//! model's folder. Which kind a weight is packed as depends on its numbers: they are read when it is packed, and the
+//! file says it from then on.
 //!
 //! ```text
-//! 0        magic "MWPACK02"
+//! 0        magic "MWPACK03"
 //! 8        u32 length of the header, little-endian
 //! 12       [u8; 32] SHA-256 of the header
 //! 44       header, JSON
-//! aligned  weights and tables, each at a multiple of 64, the first at a multiple of 4096
+//! aligned  weights, tables and the graph, each at a multiple of 64, the first at a multiple of 4096
 //! ```
 
 use crate::bundle::{Bundle, BundleError, hex};
+use crate::import::{Goal, Imported, import};
 use crate::map::Mapped;
 use crate::onnx::{Graph, GraphError};
-use crate::recipe::{Recipe, WeightSource};
-use crate::source::{Source, kind_of};
+use crate::recipe::{Geometry, WeightSource};
+use crate::source::{Panel, Source};
 use millwright_kernels::packed::{BLOCK, Kind, Layout, Packed, Shape, TILE_ROWS, pack_tile};
+use prost::Message;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-const MAGIC: &[u8; 8] = b"MWPACK02";
+const MAGIC: &[u8; 8] = b"MWPACK03";
 const PREFIX: usize = 8 + 4 + 32;
 const HEADER_BYTES_MAX: usize = 4 << 20;
 const ALIGN: usize = 64;
@@ -54,19 +58,47 @@ pub enum PackError {
     Weight { name: String, reason: String },
 }
 
+/// Raised whenever importing makes something else of the same file, so that it is imported anew.
+const IMPORT: u32 = 1;
+
+/// What decides what a packed file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Header {
-    /// The bundle's digest.
+struct Key {
+    /// The model's digest.
     source: String,
     /// `signed` or `offset`.
     layout: String,
-    /// Of the whole file.
-    bytes: usize,
-    weights: Vec<Entry>,
-    tables: Vec<Entry>,
+    goal: Goal,
+    import: u32,
 }
 
-/// A weight, `[rows, cols]`, or a table of `rows` f32 values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Header {
+    key: Key,
+    /// Of the whole file.
+    bytes: usize,
+    outline: Outline,
+    weights: Vec<Entry>,
+    /// f32 values, one a row.
+    tables: Vec<Entry>,
+    /// The graph as protobuf: bytes, one a row.
+    graph: Entry,
+}
+
+/// What is to be known of a model without its graph.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outline {
+    /// Set when all attention is ours.
+    pub(crate) geometry: Option<Geometry>,
+    /// Whether no operator was left to tract.
+    pub(crate) is_fused: bool,
+    /// Weights that linears read, in full for each token; of the others an embedding reads single rows.
+    linears: BTreeSet<usize>,
+    /// What was left to tract, and why.
+    pub(crate) notes: Vec<String>,
+}
+
+/// A weight, `[rows, cols]`, or something else of `rows` elements.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     name: String,
@@ -78,7 +110,7 @@ struct Entry {
     offset: usize,
 }
 
-/// The mapped weights and tables of one model, by the indices of its [`Recipe`].
+/// One model, packed and mapped.
 #[derive(Debug)]
 pub(crate) struct Weights {
     map: Mapped,
@@ -87,18 +119,25 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Maps the packed file in `folder`, and makes it first where it is missing or not this bundle's.
+    /// Maps the packed file in `folder`, and makes it first where it is missing or not this model's.
     pub(crate) fn open(
         bundle: &Bundle,
-        graph: &Graph,
-        recipe: &Recipe,
+        goal: Goal,
         layout: Layout,
         folder: &Path,
     ) -> Result<Self, PackError> {
-        let outline = Header::outline(bundle, graph, recipe, layout)?;
-        let stem = outline.stem();
+        let key = Key {
+            source: bundle.digest(),
+            layout: match layout {
+                Layout::Signed => "signed".into(),
+                Layout::Offset => "offset".into(),
+            },
+            goal,
+            import: IMPORT,
+        };
+        let stem = key.stem();
         let path = folder.join(format!("{stem}.mwpk"));
-        match Self::map(&path, &outline, recipe, layout) {
+        match Self::map(&path, &key, layout) {
             Ok(weights) => return Ok(weights),
             Err(why) if path.exists() => tracing::warn!("{} is packed anew: {why}", path.display()),
             Err(_) => tracing::info!(
@@ -108,7 +147,13 @@ impl Weights {
             ),
         }
         bundle.verify()?;
-        let wanted = outline.clone().placed(&kinds(graph, recipe)?);
+        let imported = import(&bundle.graph(), goal)?;
+        if let Some(name) = imported.graph.files().find(|name| !bundle.covers(name)) {
+            let reason = format!("keeps weights in {name}, which the manifest doesn't name");
+            return Err(GraphError::Shape(reason).into());
+        }
+        let graph = imported.graph.to_model()?.encode_to_vec();
+        let wanted = Header::new(key.clone(), &imported, graph.len())?;
         let write = |source| PackError::Write {
             path: path.clone(),
             bytes: wanted.bytes as u64,
@@ -125,15 +170,15 @@ impl Weights {
             std::process::id(),
             now.as_nanos()
         ));
-        let written = wanted.write(graph, recipe, layout, &partial, &path);
+        let written = wanted.write(&imported, &graph, layout, &partial, &path);
         if written.is_err() {
             let _ = fs::remove_file(&partial);
         }
         written?;
-        Self::map(&path, &outline, recipe, layout).map_err(|why| write(io::Error::other(why)))
+        Self::map(&path, &key, layout).map_err(|why| write(io::Error::other(why)))
     }
 
-    fn map(path: &Path, outline: &Header, recipe: &Recipe, layout: Layout) -> Result<Self, String> {
+    fn map(path: &Path, key: &Key, layout: Layout) -> Result<Self, String> {
         let map = Mapped::open(path).map_err(|e| e.to_string())?;
         let bytes = map.bytes();
         let prefix = bytes.get(..PREFIX).ok_or("it is too short")?;
@@ -148,8 +193,7 @@ impl Weights {
             return Err("its header was altered".into());
         }
         let header: Header = serde_json::from_slice(header).map_err(|e| e.to_string())?;
-        let kinds = header.kinds(recipe);
-        if kinds.is_none_or(|kinds| header != outline.clone().placed(&kinds)) {
+        if header.key != *key || !header.is_placed() {
             return Err("it was packed from another model or for another CPU".into());
         }
         if bytes.len() != header.bytes {
@@ -182,6 +226,16 @@ impl Weights {
             .expect("planned inside the file, aligned")
     }
 
+    /// The graph, as protobuf.
+    pub(crate) fn graph(&self) -> &[u8] {
+        let entry = &self.header.graph;
+        &self.map.bytes()[entry.offset..entry.offset + entry.rows]
+    }
+
+    pub(crate) fn outline(&self) -> &Outline {
+        &self.header.outline
+    }
+
     /// The whole file's size.
     pub(crate) fn bytes(&self) -> usize {
         self.header.bytes
@@ -189,24 +243,12 @@ impl Weights {
 
     /// Bytes of the packed weights that one token's forward pass reads: those of its linears, each once. The
     /// embedding's single row is not counted.
-    pub(crate) fn bytes_per_token(&self, recipe: &Recipe) -> usize {
-        let linears = recipe
-            .linears
-            .iter()
-            .map(|&index| &self.header.weights[index]);
+    pub(crate) fn bytes_per_token(&self) -> usize {
+        let linears = self.header.outline.linears.iter();
+        let linears = linears.map(|&index| &self.header.weights[index]);
         let weights = linears.filter_map(Entry::packed);
         weights.map(|(shape, kind)| shape.bytes(kind)).sum()
     }
-}
-
-/// The kind of each weight, by its numbers.
-fn kinds(graph: &Graph, recipe: &Recipe) -> Result<Vec<Kind>, PackError> {
-    let kind = |source| {
-        let kind = Source::open(graph, source)?.kind();
-        graph.forget();
-        kind
-    };
-    recipe.weights.iter().map(kind).collect()
 }
 
 impl Entry {
@@ -225,10 +267,11 @@ impl Entry {
         Shape::new(self.rows, self.cols).zip(Kind::from_code(self.kind?))
     }
 
-    fn bytes(&self) -> usize {
+    /// A weight's bytes; those of something else, whose elements have this many.
+    fn bytes(&self, element: usize) -> Option<usize> {
         match self.packed() {
-            Some((shape, kind)) => shape.bytes(kind),
-            None => self.rows * self.cols * size_of::<f32>(),
+            Some((shape, kind)) => Some(shape.bytes(kind)),
+            None => self.rows.checked_mul(self.cols)?.checked_mul(element),
         }
     }
 }
@@ -248,92 +291,117 @@ fn remove_stale(folder: &Path) {
     }
 }
 
-impl Header {
-    /// Names a packed file after the model, the layout and what is inside.
+impl Outline {
+    pub(crate) fn of(imported: &Imported) -> Self {
+        let recipe = &imported.recipe;
+        Self {
+            geometry: recipe.geometry,
+            is_fused: imported.is_fused,
+            linears: recipe.linears.clone(),
+            notes: recipe.notes.clone(),
+        }
+    }
+}
+
+impl Key {
+    /// Names a packed file after the model, the layout and what else decides.
     fn stem(&self) -> String {
-        let inside = serde_json::to_vec(self).unwrap_or_default();
-        let digest = hex(&Sha256::digest(&inside)[..4]);
-        format!("{}-{}-{digest}", &self.source[..16], self.layout)
+        let all = serde_json::to_vec(self).unwrap_or_default();
+        let digest = hex(&Sha256::digest(&all)[..4]);
+        let source: String = self.source.chars().take(16).collect();
+        format!("{source}-{}-{digest}", self.layout)
     }
+}
 
-    /// Everything but the kinds, and what follows from them.
-    fn outline(
-        bundle: &Bundle,
-        graph: &Graph,
-        recipe: &Recipe,
-        layout: Layout,
-    ) -> Result<Self, PackError> {
-        let weight = |source: &WeightSource| {
-            let entry = Entry::new(&source.values, source.rows, source.cols);
-            let shape = Shape::new(source.rows, source.cols);
-            shape.map(|_| entry).ok_or_else(|| PackError::Weight {
-                name: source.values.clone(),
-                reason: format!("[{}, {}] is out of range", source.rows, source.cols),
-            })
+impl Header {
+    /// The header of a file that is to be written: reads the weights' scales, which decide their kinds.
+    fn new(key: Key, imported: &Imported, graph: usize) -> Result<Self, PackError> {
+        let Imported {
+            graph: source,
+            recipe,
+            ..
+        } = imported;
+        let weight = |of: &WeightSource| {
+            let mut entry = Entry::new(&of.values, of.rows, of.cols);
+            Shape::new(of.rows, of.cols).ok_or_else(|| PackError::Weight {
+                name: of.values.clone(),
+                reason: format!("[{}, {}] is out of range", of.rows, of.cols),
+            })?;
+            entry.kind = Some(Source::open(source, of)?.kind()?.code());
+            source.forget();
+            Ok(entry)
         };
-        let table = |name: &String| {
-            let values = graph
-                .initializer(name)
-                .filter(|_| graph.is_f32_initializer(name));
-            let count = values.and_then(|tensor| {
-                let mut dims = tensor.dims.iter();
-                dims.try_fold(1usize, |all, &n| all.checked_mul(usize::try_from(n).ok()?))
-            });
-            let entry = count.map(|count| Entry::new(name, count, 1));
-            entry.ok_or_else(|| PackError::Weight {
-                name: name.clone(),
-                reason: "it is no f32 tensor".into(),
-            })
+        let table = |(index, values): (usize, &Vec<f32>)| {
+            Entry::new(&format!("table {index}"), values.len(), 1)
         };
-        Ok(Self {
-            source: bundle.digest(),
-            layout: match layout {
-                Layout::Signed => "signed".into(),
-                Layout::Offset => "offset".into(),
-            },
+        let weights = recipe.weights.iter().map(weight);
+        let mut header = Self {
+            key,
             bytes: 0,
-            weights: recipe
-                .weights
-                .iter()
-                .map(weight)
-                .collect::<Result<_, _>>()?,
-            tables: recipe.tables.iter().map(table).collect::<Result<_, _>>()?,
-        })
+            outline: Outline::of(imported),
+            weights: weights.collect::<Result<_, PackError>>()?,
+            tables: recipe.tables.iter().enumerate().map(table).collect(),
+            graph: Entry::new("graph", graph, 1),
+        };
+        header.place();
+        Ok(header)
     }
 
-    /// The kinds that a file states, if they are as many as the recipe's weights and could be theirs.
-    fn kinds(&self, recipe: &Recipe) -> Option<Vec<Kind>> {
-        let stated = self.weights.iter().zip(&recipe.weights).map(|(entry, of)| {
-            let kind = Kind::from_code(entry.kind?)?;
-            (kind == kind_of(of, kind.scales())).then_some(kind)
-        });
-        let kinds: Option<Vec<Kind>> = stated.collect();
-        kinds.filter(|kinds| kinds.len() == recipe.weights.len())
-    }
-
-    /// The whole header of a file with weights of these kinds.
-    fn placed(mut self, kinds: &[Kind]) -> Self {
-        for (entry, kind) in self.weights.iter_mut().zip(kinds) {
-            entry.kind = Some(kind.code());
-        }
+    /// Gives everything its offset; `None` where sizes overflow.
+    fn place(&mut self) -> Option<()> {
+        let entries = self.weights.len() + self.tables.len() + 2;
+        self.each(|entry, _| {
+            entry.offset = 0;
+            Some(())
+        })?;
+        self.bytes = 0;
         // The header is written before the data; its own length is bounded by this many digits more.
-        let entries = self.weights.len() + self.tables.len();
-        let room =
-            PREFIX + serde_json::to_vec(&self).unwrap_or_default().len() + (entries + 1) * 20;
+        let room = PREFIX + serde_json::to_vec(self).unwrap_or_default().len() + entries * 20;
         let mut offset = room.next_multiple_of(PAGE);
-        for entry in self.weights.iter_mut().chain(&mut self.tables) {
+        self.each(|entry, element| {
             entry.offset = offset;
-            offset = (offset + entry.bytes()).next_multiple_of(ALIGN);
-        }
+            offset = offset
+                .checked_add(entry.bytes(element)?)?
+                .checked_next_multiple_of(ALIGN)?;
+            Some(())
+        })?;
         self.bytes = offset;
-        self
+        Some(())
+    }
+
+    /// Whether all of it lies where [`Header::place`] puts it.
+    fn is_placed(&self) -> bool {
+        let mut again = self.clone();
+        let known = self.weights.iter().all(|entry| entry.packed().is_some())
+            && self
+                .tables
+                .iter()
+                .chain([&self.graph])
+                .all(|entry| entry.kind.is_none())
+            && self
+                .outline
+                .linears
+                .iter()
+                .all(|&index| index < self.weights.len());
+        known && again.place().is_some() && again == *self
+    }
+
+    /// Calls `take` with each entry in the file's order, and the bytes of its elements where it is no weight.
+    fn each(&mut self, mut take: impl FnMut(&mut Entry, usize) -> Option<()>) -> Option<()> {
+        self.weights
+            .iter_mut()
+            .try_for_each(|entry| take(entry, 0))?;
+        self.tables
+            .iter_mut()
+            .try_for_each(|entry| take(entry, size_of::<f32>()))?;
+        take(&mut self.graph, 1)
     }
 
     /// Writes the file under a partial name and renames it when all of it is on disk.
     fn write(
         &self,
-        graph: &Graph,
-        recipe: &Recipe,
+        imported: &Imported,
+        graph: &[u8],
         layout: Layout,
         partial: &Path,
         path: &Path,
@@ -354,21 +422,24 @@ impl Header {
             .map_err(failed)?;
         out.write_all(&Sha256::digest(&header)).map_err(failed)?;
         out.write_all(&header).map_err(failed)?;
-        for (entry, source) in self.weights.iter().zip(&recipe.weights) {
+        let Imported {
+            graph: source,
+            recipe,
+            ..
+        } = imported;
+        for (entry, weight) in self.weights.iter().zip(&recipe.weights) {
             out.pad_to(entry.offset).map_err(failed)?;
-            let (_, kind) = entry.packed().expect("placed with its kind");
-            write_weight(graph, source, kind, layout, &mut out, &failed)?;
+            let (_, kind) = entry.packed().expect("a weight has its kind");
+            write_weight(source, weight, kind, layout, &mut out, &failed)?;
         }
-        for entry in &self.tables {
+        for (entry, values) in self.tables.iter().zip(&recipe.tables) {
             out.pad_to(entry.offset).map_err(failed)?;
-            let tensor = graph
-                .initializer(&entry.name)
-                .ok_or_else(|| PackError::Weight {
-                    name: entry.name.clone(),
-                    reason: "it is missing".into(),
-                })?;
-            out.write_all(&graph.bytes(tensor)?).map_err(failed)?;
+            for value in values {
+                out.write_all(&value.to_le_bytes()).map_err(failed)?;
+            }
         }
+        out.pad_to(self.graph.offset).map_err(failed)?;
+        out.write_all(graph).map_err(failed)?;
         out.pad_to(self.bytes).map_err(failed)?;
         let file = out.inner.into_inner().map_err(|e| failed(e.into_error()))?;
         file.sync_all().map_err(failed)?;
@@ -387,22 +458,22 @@ fn write_weight(
 ) -> Result<(), PackError> {
     let numbers = Source::open(graph, source)?;
     let (rows, cols) = (source.rows, source.cols);
-    let mut panel = Vec::new();
+    let mut panel = Panel::default();
     let mut tile = vec![0; cols / BLOCK * kind.block_bytes()];
+    let groups = cols / kind.group();
     let mut since = 0;
     for first in (0..rows).step_by(PANEL_ROWS) {
         let last = rows.min(first + PANEL_ROWS);
-        numbers.rows(first..last, &mut panel);
-        for (at, panel) in panel.chunks(TILE_ROWS * cols).enumerate() {
-            let first = first + at * TILE_ROWS;
+        numbers.panel(first..last, &mut panel);
+        for from in (0..last - first).step_by(TILE_ROWS) {
             pack_tile(
                 kind,
                 layout,
                 cols,
-                panel.len() / cols,
-                |row, col| panel[row * cols + col],
-                |row, group| numbers.scale(first + row, group),
-                |row, group| numbers.minimum(first + row, group),
+                TILE_ROWS.min(last - first - from),
+                |row, col| panel.weights[(from + row) * cols + col],
+                |row, group| panel.scales[(from + row) * groups + group],
+                |row, group| panel.minimums[(from + row) * groups + group],
                 &mut tile,
             );
             out.write_all(&tile).map_err(failed)?;

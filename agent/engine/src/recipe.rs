@@ -1,54 +1,66 @@
 //! What the engine needs of a model beside its graph: which weights to pack, which small tables to keep, and the
-//! sizes of its attention. Lowering fills it, packing follows it.
+//! sizes of its attention. Importing fills it, packing follows it.
 
-use std::collections::HashSet;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
-/// A weight to be packed: `[rows, cols]`, one output per row.
+/// A weight to be packed: rows `[rows, cols]` of a stored matrix, one output per row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct WeightSource {
     /// The initializer of the weights.
     pub(crate) values: String,
-    /// The initializer with one scale per group of inputs and output.
-    pub(crate) scales: String,
+    pub(crate) form: Form,
+    /// Outputs in the initializer.
+    pub(crate) stored: usize,
+    /// The first of them that is this weight's.
+    pub(crate) first: usize,
     /// Outputs.
     pub(crate) rows: usize,
     /// Inputs; a multiple of 32.
     pub(crate) cols: usize,
-    pub(crate) form: Form,
 }
 
 /// What the initializers hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// int8 with an f32 scale per 32 columns.
-    Eight(Order),
-    /// Pairs of four bits, `[rows, groups, block / 2]`, with a scale, f32 or f16, per `block` columns: a power of
-    /// two from 16. A last group that `cols` doesn't fill is there in full.
-    Four {
-        block: usize,
-        zero_points: ZeroPoints,
-    },
+    /// f32, f16 or bf16 numbers, to be quantised while they are packed.
+    Floats(Order),
+    /// int8, uint8, int4 or uint4, two of the latter in a byte, the first in its low half: `(q − zero point) · scale`.
+    Whole { order: Order, scaling: Scaling },
+    /// Unsigned numbers of 4 or 8 bits, `[rows, groups, block · bits / 8]`: `(q − zero point) · scale`. A last group
+    /// that `cols` doesn't fill is there in full. Two of four bits share a byte, the first in its low half.
+    Bits { bits: u8, scaling: Scaling },
 }
 
 impl Form {
-    /// Columns that share a scale.
-    pub(crate) fn block(&self) -> usize {
+    /// How the numbers are scaled, where they are not plain.
+    pub(crate) fn scaling(&self) -> Option<&Scaling> {
         match self {
-            Self::Eight(_) => millwright_kernels::packed::BLOCK,
-            Self::Four { block, .. } => *block,
+            Self::Floats(_) => None,
+            Self::Whole { scaling, .. } | Self::Bits { scaling, .. } => Some(scaling),
         }
     }
 }
 
-/// What four-bit weights are counted from.
+/// Scales and zero points.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum ZeroPoints {
-    /// 8 everywhere.
-    Absent,
-    /// The initializer of pairs of four bits, `[rows, groups / 2 rounded up]`.
-    Packed(String),
-    /// The initializer of numbers, f32 or f16, `[rows, groups]`.
-    Floats(String),
+pub(crate) struct Scaling {
+    pub(crate) scope: Scope,
+    /// The initializer of the scales.
+    pub(crate) scales: String,
+    /// The initializer of the zero points: of the weights' own type, four-bit ones in pairs with rows beginning on
+    /// whole bytes, or numbers. Without one they are 0, or the middle of [`Form::Bits`].
+    pub(crate) zero_points: Option<String>,
+}
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    Matrix,
+    /// An output.
+    Row,
+    /// So many inputs of an output: a multiple of 16. The scales lie in the weights' order.
+    Block(usize),
 }
 
 /// How a weight lies in its initializer.
@@ -61,12 +73,12 @@ pub(crate) enum Order {
 }
 
 /// The sizes that the KV arena needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Geometry {
     pub(crate) layers: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
-    /// Rows of the shortest rotary table: no context is longer.
+    /// No context is longer: the rotary tables end, or attention changes its way there.
     pub(crate) positions: usize,
 }
 
@@ -75,9 +87,9 @@ pub(crate) struct Geometry {
 pub(crate) struct Recipe {
     pub(crate) weights: Vec<WeightSource>,
     /// Which of them linears read, in full for each token; of the others an embedding reads single rows.
-    pub(crate) linears: HashSet<usize>,
-    /// Names of f32 initializers: norm gains, cosines and sines.
-    pub(crate) tables: Vec<String>,
+    pub(crate) linears: BTreeSet<usize>,
+    /// Norm gains, biases, cosines and sines.
+    pub(crate) tables: Vec<Vec<f32>>,
     /// Set when every attention block was recognised.
     pub(crate) geometry: Option<Geometry>,
     /// What was left to tract, and why.
@@ -91,16 +103,15 @@ impl Recipe {
     }
 
     /// The index of this table, added at its first mention.
-    pub(crate) fn table(&mut self, name: &str) -> usize {
-        position_or_push(&mut self.tables, name.to_owned())
+    pub(crate) fn table(&mut self, values: Vec<f32>) -> usize {
+        position_or_push(&mut self.tables, values)
     }
 }
 
 fn position_or_push<T: PartialEq>(all: &mut Vec<T>, item: T) -> usize {
-    all.iter()
-        .position(|other| *other == item)
-        .unwrap_or_else(|| {
-            all.push(item);
-            all.len() - 1
-        })
+    let known = all.iter().position(|other| *other == item);
+    known.unwrap_or_else(|| {
+        all.push(item);
+        all.len() - 1
+    })
 }

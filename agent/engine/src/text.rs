@@ -12,6 +12,7 @@ mod template;
 pub use stream::{Pushed, TextStream};
 
 use crate::bundle::{self, Bundle};
+use crate::folder::TOKENIZER_CONFIG;
 use control::{Control, Part};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -20,8 +21,6 @@ use table::ByteTable;
 use template::{SpecialNames, Template};
 use tokenizers::{AddedToken, ModelWrapper, Tokenizer};
 
-/// Optional in a bundle: Hugging Face's file that names the tokens a template may ask for.
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// A template or configuration larger than this is refused.
 const SIDE_FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -72,11 +71,10 @@ impl Text {
     pub fn open(bundle: &Bundle) -> Result<Self, TextError> {
         let tokenizer = open_tokenizer(bundle)?;
         let stop = stop_ids(bundle, &tokenizer)?;
-        let template = if bundle.has(bundle::CHAT_TEMPLATE) {
-            Some(open_template(bundle)?)
-        } else {
-            None
-        };
+        let template = bundle.chat_template();
+        let template = template
+            .map(|source| open_template(bundle, source))
+            .transpose()?;
         let table = ByteTable::of(&tokenizer);
         let bytes = estimate_bytes(&tokenizer) + table.as_ref().map_or(0, ByteTable::bytes);
         Ok(Self {
@@ -180,9 +178,8 @@ fn stop_ids(bundle: &Bundle, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextErro
     Ok(ids)
 }
 
-fn open_template(bundle: &Bundle) -> Result<Template, TextError> {
+fn open_template(bundle: &Bundle, source: &str) -> Result<Template, TextError> {
     let path = bundle.path(bundle::CHAT_TEMPLATE);
-    let source = read_side_file(bundle, bundle::CHAT_TEMPLATE)?;
     let names = if bundle.has(TOKENIZER_CONFIG) {
         SpecialNames::parse(&read_side_file(bundle, TOKENIZER_CONFIG)?).map_err(|e| {
             TextError::File {
@@ -196,7 +193,7 @@ fn open_template(bundle: &Bundle) -> Result<Template, TextError> {
             ..SpecialNames::default()
         }
     };
-    Template::parse(&source, names).map_err(|reason| TextError::BadTemplate { path, reason })
+    Template::parse(source, names).map_err(|reason| TextError::BadTemplate { path, reason })
 }
 
 fn read_side_file(bundle: &Bundle, name: &str) -> Result<String, TextError> {

@@ -29,7 +29,8 @@ pub(crate) struct Batch {
 
 /// See the module.
 pub(crate) struct Turn {
-    pub(crate) weights: Arc<Weights>,
+    /// `None` where the weights are read from the source.
+    pub(crate) weights: Option<Arc<Weights>>,
     pub(crate) kernel: Kernel,
     pub(crate) pool: Pool,
     /// `None` in the plain plan, whose cache is tract tensors.
@@ -50,6 +51,13 @@ impl Turn {
         mine.rows.clone_from(&batch.rows);
         mine.sample.clone_from(&batch.sample);
         self.pool.limit(threads);
+    }
+
+    /// The packed weights, which all operators but the reference's work on.
+    pub(crate) fn weights(&self) -> &Weights {
+        self.weights
+            .as_deref()
+            .expect("a plan of packed operators has them")
     }
 
     /// Tells the observer, if there is one, that a part begins.

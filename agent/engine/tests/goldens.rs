@@ -90,10 +90,10 @@ fn check(precision: Precision, name: &str, kernel: &str, plan: PlanChoice, toler
         "the goldens are of another model: run tests/goldens/make.py"
     );
     let mut engine = open(folder.path(), kernel, plan);
-    let wanted = if plan == PlanChoice::Plain {
-        "plain"
-    } else {
+    let wanted = if plan == PlanChoice::Auto {
         "flat"
+    } else {
+        "plain"
     };
     assert_eq!(engine.card().plan, wanted, "{:?}", engine.card().notes);
     let encoded = engine.text().encode(&golden.text).unwrap();
@@ -112,25 +112,40 @@ fn check(precision: Precision, name: &str, kernel: &str, plan: PlanChoice, toler
 }
 
 #[test]
-fn f32_in_the_plain_plan() {
+fn f32_in_the_reference_plan() {
     check(
         Precision::F32,
         "tiny-f32.json",
         "scalar",
-        PlanChoice::Plain,
+        PlanChoice::Reference,
         1e-3,
     );
 }
 
 #[test]
-fn f32_in_the_flat_plan() {
+fn int8_in_the_reference_plan() {
     check(
-        Precision::F32,
-        "tiny-f32.json",
+        Precision::Int8,
+        "tiny-int8.json",
         "scalar",
-        PlanChoice::Auto,
-        5e-2,
+        PlanChoice::Reference,
+        1e-3,
     );
+}
+
+#[test]
+fn f32_weights_are_quantised_as_the_forge_does() {
+    let tokens: Vec<u32> = (3..23).collect();
+    let logits = |precision| {
+        let folder = TempDir::new().unwrap();
+        tiny::write(folder.path(), precision).unwrap();
+        let mut engine = open(folder.path(), "scalar", PlanChoice::Auto);
+        let mut all: Vec<u32> = Vec::new();
+        let mut keep = |_, row: &[f32]| all.extend(row.iter().map(|logit| logit.to_bits()));
+        engine.score(&tokens, &mut keep).unwrap();
+        all
+    };
+    assert_eq!(logits(Precision::F32), logits(Precision::Int8));
 }
 
 #[test]

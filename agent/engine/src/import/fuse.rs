@@ -1,7 +1,7 @@
 //! Joins our operators with their neighbours: a norm or SwiGLU in front, the residual behind.
 //! Changes how many operators there are, never what they compute.
 
-use crate::lower::LINEAR;
+use super::LINEAR;
 use crate::onnx::{Graph, float, int, ints, new_node, with_float, with_ints};
 use crate::recipe::Recipe;
 use tract_onnx::pb::NodeProto;
@@ -9,9 +9,21 @@ use tract_onnx::pb::NodeProto;
 pub(crate) const PROJECT: &str = "MillwrightProject";
 
 /// Whether the operators that were left work on each token alone, so that they may run on a flat batch.
-pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
-    const UNARY: [&str; 7] = ["Sigmoid", "Tanh", "Erf", "Cast", "Identity", "Sqrt", "Relu"];
-    const BINARY: [&str; 4] = ["Add", "Mul", "Sub", "Div"];
+pub(super) fn position_wise(graph: &Graph) -> Result<(), String> {
+    const UNARY: [&str; 11] = [
+        "Sigmoid",
+        "Tanh",
+        "Erf",
+        "Cast",
+        "Identity",
+        "Sqrt",
+        "Relu",
+        "Gelu",
+        "FastGelu",
+        "QuickGelu",
+        "Neg",
+    ];
+    const BINARY: [&str; 5] = ["Add", "Mul", "Sub", "Div", "Pow"];
     for node in &graph.proto().node {
         let constant = |i: usize| {
             node.input.get(i).is_some_and(|name| {
@@ -24,10 +36,10 @@ pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
             tensor.is_none_or(|t| t.dims.len() <= 1)
         };
         let fine = match node.op_type.as_str() {
-            op if op.starts_with("Millwright") || op == "Constant" => true,
+            op if op.starts_with("Millwright") => true,
             op if UNARY.contains(&op) => true,
             op if BINARY.contains(&op) => scalar_or_row(0) && scalar_or_row(1),
-            "RMSNormalization" => int(node, "axis").unwrap_or(-1) == -1,
+            "RMSNormalization" | "LayerNormalization" => int(node, "axis").unwrap_or(-1) == -1,
             "MatMul" => constant(1),
             "Transpose" => constant(0),
             "Gather" => constant(0) && int(node, "axis").unwrap_or(0) == 0,
@@ -47,7 +59,7 @@ pub(crate) fn position_wise(graph: &Graph) -> Result<(), String> {
 }
 
 /// Joins what can be joined. Every [`LINEAR`] becomes part of a [`PROJECT`].
-pub(crate) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
+pub(super) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
     let mut made = Vec::new();
     let mut gone = Vec::new();
     for node in graph
@@ -87,7 +99,7 @@ struct Project<'a> {
 enum Input<'a> {
     Plain(&'a str),
     /// x, gain and epsilon.
-    Normed(&'a str, &'a str, f32),
+    Normed(&'a str, Vec<f32>, f32),
     /// silu(gate) · up.
     Gated(&'a str, &'a str),
 }
@@ -152,6 +164,13 @@ impl<'a> Project<'a> {
         let mut node = new_node(PROJECT, &inputs, &outputs);
         node = with_ints(node, "weights", &all("weights"));
         node = with_ints(node, "widths", &all("widths"));
+        let bias = |node: &&NodeProto| {
+            ints(node, "bias")
+                .first()
+                .map_or(0, |&table| table as usize + 1)
+        };
+        let biases: Vec<usize> = self.linears.iter().map(bias).collect();
+        node = with_ints(node, "biases", &biases);
         node = with_ints(node, "gated", &[usize::from(gated)]);
         node = with_ints(node, "head", &[usize::from(outputs == ["logits"])]);
         if let Some((gain, epsilon)) = norm {
@@ -164,12 +183,12 @@ impl<'a> Project<'a> {
 /// `RMSNormalization(x, gain)` over the last axis.
 fn normed<'a>(graph: &'a Graph, value: &str, cols: usize) -> Option<Input<'a>> {
     let norm = graph.made_by(value, "RMSNormalization")?;
-    let gain = graph.initializer(&norm.input[1])?;
-    let known = int(norm, "axis").unwrap_or(-1) == -1
-        && graph.is_f32_initializer(&norm.input[1])
-        && gain.dims == [cols as i64];
+    let gain = graph
+        .values(&norm.input[1])
+        .filter(|gain| gain.len() == cols)?;
+    let known = int(norm, "axis").unwrap_or(-1) == -1;
     let epsilon = float(norm, "epsilon").unwrap_or(1e-5);
-    known.then(|| Input::Normed(&norm.input[0], &norm.input[1], epsilon))
+    known.then(|| Input::Normed(&norm.input[0], gain, epsilon))
 }
 
 /// Whether a value is made of nothing but constants.
@@ -179,7 +198,6 @@ fn is_constant<'a>(graph: &'a Graph, mut value: &'a str) -> bool {
             return true;
         }
         match graph.producer(value) {
-            Some(node) if node.op_type == "Constant" => return true,
             Some(node)
                 if matches!(
                     node.op_type.as_str(),

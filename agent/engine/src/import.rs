@@ -1,0 +1,113 @@
+//! From an ONNX export to a graph of our operators and what they work on. Reads files; runs nothing but attention
+//! blocks, to see what they are.
+//!
+//! Linears, the embedding and norms are recognised by how they are written, attention by what it does. What isn't
+//! recognised stays for tract.
+
+mod attention;
+mod branch;
+mod fuse;
+mod grouped;
+mod linear;
+mod nbits;
+mod norm;
+mod probe;
+mod shapes;
+mod tidy;
+mod weight;
+
+pub(crate) use fuse::PROJECT;
+
+use crate::onnx::{Graph, GraphError};
+use crate::recipe::Recipe;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+pub(crate) const EMBED: &str = "MillwrightEmbed";
+pub(crate) const LINEAR: &str = "MillwrightLinear";
+pub(crate) const ATTEND: &str = "MillwrightAttend";
+
+/// A graph of our operators, and of tract's where there is none of ours.
+pub(crate) struct Imported {
+    pub(crate) graph: Graph,
+    pub(crate) recipe: Recipe,
+    /// Whether no operator was left to tract.
+    pub(crate) is_fused: bool,
+}
+
+/// Which form a graph is to be taken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Goal {
+    /// The flat one if all attention is recognised, for contexts of this many tokens.
+    Flat { positions: usize },
+    /// Linears and the embedding are ours, attention stays tract's.
+    Plain,
+    /// The same, each linear by itself, for arithmetic on the file's own numbers.
+    Exact,
+}
+
+/// Reads the graph and takes it as near to the goal as it goes. The recipe's notes say what was in the way.
+pub(crate) fn import(path: &Path, goal: Goal) -> Result<Imported, GraphError> {
+    let mut graph = Graph::open(path)?;
+    let mut recipe = Recipe::default();
+    tidy::tidy(&mut graph)?;
+    grouped::standardise(&mut graph);
+    norm::norms(&mut graph);
+    linear::unquantise(&mut graph);
+    linear::linears(&mut graph, &mut recipe)?;
+    shapes::shapes(&mut graph);
+    let flat = match goal {
+        Goal::Plain | Goal::Exact => Err("the plain plan was asked for".to_owned()),
+        Goal::Flat { positions } => flatten(&mut graph, &mut recipe, positions),
+    };
+    if goal != Goal::Exact {
+        fuse::fuse(&mut graph, &mut recipe);
+    }
+    let foreign = graph
+        .proto()
+        .node
+        .iter()
+        .filter(|node| !node.op_type.starts_with("Millwright"));
+    let foreign = foreign.count();
+    match &flat {
+        Err(why) => recipe.notes.push(format!("one sequence at a time: {why}")),
+        Ok(()) if foreign > 0 => {
+            recipe
+                .notes
+                .push(format!("{foreign} operators were left to tract"));
+        }
+        Ok(()) => {}
+    }
+    Ok(Imported {
+        is_fused: flat.is_ok() && foreign == 0,
+        graph,
+        recipe,
+    })
+}
+
+/// Takes the graph to its flat form, or leaves it as it was and says why not.
+fn flatten(graph: &mut Graph, recipe: &mut Recipe, positions: usize) -> Result<(), String> {
+    let proto = graph.proto();
+    let before = (
+        proto.node.clone(),
+        proto.input.clone(),
+        proto.output.clone(),
+    );
+    let (weights, linears, tables) = (
+        recipe.weights.len(),
+        recipe.linears.clone(),
+        recipe.tables.len(),
+    );
+    let done =
+        attention::attention(graph, recipe, positions).and_then(|()| fuse::position_wise(graph));
+    if done.is_err() {
+        let proto = graph.proto_mut();
+        (proto.node, proto.input, proto.output) = before;
+        graph.index();
+        recipe.geometry = None;
+        recipe.weights.truncate(weights);
+        recipe.tables.truncate(tables);
+        recipe.linears = linears;
+    }
+    done
+}

@@ -1,0 +1,82 @@
+//! A node's attributes and inputs, and nodes in the making.
+
+use tract_onnx::pb::{AttributeProto, NodeProto, attribute_proto::AttributeType};
+
+fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
+    node.attribute.iter().find(|a| a.name == name)
+}
+
+pub(crate) fn int(node: &NodeProto, name: &str) -> Option<i64> {
+    attribute(node, name).map(|a| a.i)
+}
+
+pub(crate) fn float(node: &NodeProto, name: &str) -> Option<f32> {
+    attribute(node, name).map(|a| a.f)
+}
+
+/// Whether a float attribute has this value, or is absent where this is its default.
+pub(crate) fn is_or_absent(node: &NodeProto, name: &str, value: f32) -> bool {
+    float(node, name).is_none_or(|stated| stated.to_bits() == value.to_bits())
+}
+
+pub(crate) fn ints<'a>(node: &'a NodeProto, name: &str) -> &'a [i64] {
+    attribute(node, name).map_or(&[], |a| &a.ints)
+}
+
+/// A node to be added to a graph.
+pub(crate) fn new_node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
+    NodeProto {
+        op_type: op.into(),
+        name: outputs
+            .first()
+            .map(|name| format!("{op}/{name}"))
+            .unwrap_or_default(),
+        input: inputs.iter().map(ToString::to_string).collect(),
+        output: outputs.iter().map(ToString::to_string).collect(),
+        ..NodeProto::default()
+    }
+}
+
+/// The same node with an attribute of whole numbers.
+pub(crate) fn with_ints(mut node: NodeProto, name: &str, values: &[usize]) -> NodeProto {
+    node.attribute.push(AttributeProto {
+        name: name.into(),
+        r#type: AttributeType::Ints as i32,
+        ints: values.iter().map(|&v| v as i64).collect(),
+        ..AttributeProto::default()
+    });
+    node
+}
+
+/// An attribute of one whole number.
+pub(crate) fn int_attribute(name: &str, value: i64) -> AttributeProto {
+    AttributeProto {
+        name: name.into(),
+        r#type: AttributeType::Int as i32,
+        i: value,
+        ..AttributeProto::default()
+    }
+}
+
+/// The same node with a float attribute.
+pub(crate) fn with_float(mut node: NodeProto, name: &str, value: f32) -> NodeProto {
+    node.attribute.push(AttributeProto {
+        name: name.into(),
+        r#type: AttributeType::Float as i32,
+        f: value,
+        ..AttributeProto::default()
+    });
+    node
+}
+
+/// A node's input, if it has this one.
+pub(crate) fn input(node: &NodeProto, index: usize) -> Option<&str> {
+    let name = node.input.get(index).map(String::as_str);
+    name.filter(|name| !name.is_empty())
+}
+
+/// A node's output, if anybody may read this one.
+pub(crate) fn output(node: &NodeProto, index: usize) -> Option<&str> {
+    let name = node.output.get(index).map(String::as_str);
+    name.filter(|name| !name.is_empty())
+}
