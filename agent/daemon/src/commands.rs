@@ -24,8 +24,8 @@ pub enum Command {
     Bench(bench::Args),
     /// Measure perplexity on a text, and the KL divergence from a reference model
     ///
-    /// The text is cut into windows, each scored from an empty context. The reference runs in the plain plan (tract's
-    /// own attention); take the f32 form of the same model: `cargo forge pull NAME --precision f32`.
+    /// The text is cut into windows, each scored from an empty context. The reference runs in f32 arithmetic; take the
+    /// f32 form of the same model: `cargo forge pull NAME --precision f32`.
     Eval(eval::Args),
 }
 

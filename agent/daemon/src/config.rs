@@ -43,6 +43,8 @@ pub struct Gateway {
 #[serde(deny_unknown_fields)]
 pub struct Model {
     pub bundle: PathBuf,
+    /// The graph of this name, where an exporter's folder has several.
+    pub file: Option<String>,
     pub state_dir: PathBuf,
     pub threads: Option<usize>,
     pub kernel: Option<String>,

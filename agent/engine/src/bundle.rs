@@ -1,7 +1,7 @@
 //! A model's folder as the forge writes it and the agent reads it: a manifest and the files it names.
 //! Knows names, sizes and digests; never what is inside a graph or a tokenizer.
 
-use crate::folder;
+use crate::folder::{self, Heads};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -111,6 +111,7 @@ pub struct Bundle {
     /// Of a folder without a manifest.
     described: Option<String>,
     chat_template: Option<String>,
+    heads: Heads,
 }
 
 impl Bundle {
@@ -132,6 +133,7 @@ impl Bundle {
             graph: described.graph,
             described: Some(described.digest),
             chat_template: described.chat_template,
+            heads: described.heads,
         })
     }
 
@@ -156,6 +158,7 @@ impl Bundle {
             graph: GRAPH.into(),
             described: None,
             chat_template: None,
+            heads: Heads::default(),
         };
         for entry in &bundle.manifest.files {
             let path = bundle.path(&entry.name);
@@ -195,6 +198,11 @@ impl Bundle {
     /// Where the graph is.
     pub fn graph(&self) -> PathBuf {
         self.dir.join(&self.graph)
+    }
+
+    /// What is known of the cache, where the graph leaves it open.
+    pub(crate) fn heads(&self) -> Heads {
+        self.heads
     }
 
     /// The chat template's source; a model without one takes no `chat` tasks.

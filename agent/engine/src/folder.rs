@@ -46,6 +46,14 @@ pub(crate) struct Described {
     /// Stands for the files: their names, sizes and times of change.
     pub(crate) digest: String,
     pub(crate) chat_template: Option<String>,
+    pub(crate) heads: Heads,
+}
+
+/// What configuration files say of the cache, where the graph leaves it open.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Heads {
+    pub(crate) kv_heads: Option<usize>,
+    pub(crate) head_dim: Option<usize>,
 }
 
 /// Reads a folder; `file` names the graph where there are several.
@@ -87,6 +95,7 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
+    let heads = config.heads().or(genai.model.decoder.heads());
     let architecture = config
         .model_type
         .or(genai.model.family)
@@ -114,6 +123,7 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
         },
         graph,
         chat_template: template,
+        heads,
     })
 }
 
@@ -330,12 +340,33 @@ struct Config {
     max_position_embeddings: Option<u64>,
     n_positions: Option<u64>,
     eos_token_id: Option<Ids>,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
     /// Of models that read more than text.
     #[serde(rename = "text_config")]
     text: Option<Box<Config>>,
 }
 
+impl Heads {
+    /// These, and the others where these are silent.
+    fn or(self, others: Self) -> Self {
+        Self {
+            kv_heads: self.kv_heads.or(others.kv_heads),
+            head_dim: self.head_dim.or(others.head_dim),
+        }
+    }
+}
+
 impl Config {
+    fn heads(&self) -> Heads {
+        let own = Heads {
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        };
+        let inner = self.text.as_ref().map(|inner| inner.heads());
+        own.or(inner.unwrap_or_default())
+    }
+
     fn context(&self) -> Option<u64> {
         let inner = || self.text.as_ref().and_then(|inner| inner.context());
         self.max_position_embeddings
@@ -363,6 +394,23 @@ struct GenaiModel {
     family: Option<String>,
     context_length: Option<u64>,
     eos_token_id: Option<Ids>,
+    decoder: GenaiDecoder,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct GenaiDecoder {
+    num_key_value_heads: Option<usize>,
+    head_size: Option<usize>,
+}
+
+impl GenaiDecoder {
+    fn heads(&self) -> Heads {
+        Heads {
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_size,
+        }
+    }
 }
 
 #[derive(Deserialize, Default)]

@@ -18,6 +18,7 @@ mod weight;
 
 pub(crate) use fuse::PROJECT;
 
+use crate::folder::Heads;
 use crate::onnx::{Graph, GraphError};
 use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
@@ -47,8 +48,11 @@ pub(crate) enum Goal {
 }
 
 /// Reads the graph and takes it as near to the goal as it goes. The recipe's notes say what was in the way.
-pub(crate) fn import(path: &Path, goal: Goal) -> Result<Imported, GraphError> {
+///
+/// `heads` is what is known of the cache beside the graph.
+pub(crate) fn import(path: &Path, heads: Heads, goal: Goal) -> Result<Imported, GraphError> {
     let mut graph = Graph::open(path)?;
+    tidy::state_heads(&mut graph, heads);
     let mut recipe = Recipe::default();
     tidy::tidy(&mut graph)?;
     grouped::standardise(&mut graph);

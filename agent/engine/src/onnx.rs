@@ -453,6 +453,20 @@ pub(crate) fn input_type(input: &ValueInfoProto) -> Option<i32> {
     Some(tensor.elem_type)
 }
 
+/// States a size of a graph input that is symbolic.
+pub(crate) fn set_dim(input: &mut ValueInfoProto, axis: usize, size: usize) {
+    let value = input.r#type.as_mut().and_then(|of| of.value.as_mut());
+    let Some(type_proto::Value::TensorType(tensor)) = value else {
+        return;
+    };
+    let dims = tensor.shape.as_mut().map(|shape| &mut shape.dim);
+    if let Some(dim) = dims.and_then(|dims| dims.get_mut(axis))
+        && !matches!(dim.value, Some(dimension::Value::DimValue(stated)) if stated > 0)
+    {
+        dim.value = Some(dimension::Value::DimValue(size as i64));
+    }
+}
+
 /// The stated sizes of a graph input; `None` where one is symbolic.
 pub(crate) fn input_dims(input: &ValueInfoProto) -> Vec<Option<usize>> {
     let Some(type_proto::Value::TensorType(tensor)) =

@@ -14,6 +14,7 @@ use crate::tuning::{self, Key, Threads};
 use millwright_kernels::{Kernel, KernelError};
 use prost::Message;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::TractError;
@@ -40,6 +41,8 @@ pub struct Options {
     /// Prompt tokens in one step at most.
     pub prefill_chunk: usize,
     pub plan: PlanChoice,
+    /// The graph of this name, where an exporter's folder has several.
+    pub file: Option<String>,
 }
 
 /// Which plan to use.
@@ -53,6 +56,19 @@ pub enum PlanChoice {
     Reference,
 }
 
+impl FromStr for PlanChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "plain" => Ok(Self::Plain),
+            "reference" => Ok(Self::Reference),
+            other => Err(format!("{other:?} is none of auto, plain and reference")),
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -64,6 +80,7 @@ impl Default for Options {
             kv_precision: KvPrecision::default(),
             prefill_chunk: 128,
             plan: PlanChoice::Auto,
+            file: None,
         }
     }
 }
@@ -146,7 +163,7 @@ impl Options {
 impl Model {
     pub(crate) fn open(folder: &Path, options: &Options) -> Result<Self, OpenError> {
         options.check()?;
-        let bundle = Bundle::open(folder)?;
+        let bundle = Bundle::open_file(folder, options.file.as_deref())?;
         let kernel = match &options.kernel {
             Some(name) => Kernel::named(name)?,
             None => Kernel::chosen()?,
@@ -164,7 +181,7 @@ impl Model {
             reason: format!("{e:#}"),
         };
         let (model, numbers, outline) = if goal == Goal::Exact {
-            let imported = import(&bundle.graph(), goal)?;
+            let imported = import(&bundle.graph(), bundle.heads(), goal)?;
             let outline = Outline::of(&imported);
             let Imported { graph, recipe, .. } = imported;
             (

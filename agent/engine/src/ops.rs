@@ -242,13 +242,21 @@ impl EvalOp for Project {
         }
         let mut x = input(0)?;
         if self.head {
-            sampled.clear();
-            turn.batch
-                .borrow()
-                .sample
-                .iter()
-                .for_each(|row| sampled.extend_from_slice(&x[row * width..][..width]));
-            x = sampled.as_slice();
+            let batch = turn.batch.borrow();
+            let made = x.len() / width;
+            // Some exports cut the last row out themselves.
+            if made != batch.sample.len() {
+                ensure!(
+                    made == batch.rows.len(),
+                    "logits of {made} tokens where {} came in",
+                    batch.rows.len()
+                );
+                sampled.clear();
+                for row in &batch.sample {
+                    sampled.extend_from_slice(&x[row * width..][..width]);
+                }
+                x = sampled.as_slice();
+            }
         }
         let rows = match self.norm {
             Some((gain, eps)) => Rows::Normed {

@@ -147,7 +147,7 @@ impl Weights {
             ),
         }
         bundle.verify()?;
-        let imported = import(&bundle.graph(), goal)?;
+        let imported = import(&bundle.graph(), bundle.heads(), goal)?;
         if let Some(name) = imported.graph.files().find(|name| !bundle.covers(name)) {
             let reason = format!("keeps weights in {name}, which the manifest doesn't name");
             return Err(GraphError::Shape(reason).into());

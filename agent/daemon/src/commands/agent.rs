@@ -73,6 +73,7 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         kv_precision: settings.kv_cache.unwrap_or(defaults.kv_precision),
         prefill_chunk: settings.prefill_chunk.unwrap_or(defaults.prefill_chunk),
         plan: defaults.plan,
+        file: settings.file.clone(),
     };
     // Before the model takes its memory and any task runs: it takes the memory's whole bandwidth for a second, at each
     // start until one that nothing disturbed.

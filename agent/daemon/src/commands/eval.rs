@@ -3,7 +3,7 @@
 use super::generate::read_text;
 use super::model::ModelArgs;
 use anyhow::{Context, Result, bail};
-use millwright_engine::{Engine, PlanChoice};
+use millwright_engine::Engine;
 use serde::Serialize;
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
@@ -61,10 +61,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let text = read_text(&args.text)?;
     let mut model = args.model.open(args.threads, 1, None)?;
     let mut reference = match &args.reference {
-        Some(folder) => Some(
-            args.model
-                .open_other(folder, args.threads, PlanChoice::Plain)?,
-        ),
+        Some(folder) => Some(args.model.open_reference(folder, args.threads)?),
         None => None,
     };
     let mut tokens = model

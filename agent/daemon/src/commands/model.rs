@@ -8,15 +8,19 @@ use std::path::{Path, PathBuf};
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
 pub(super) struct ModelArgs {
-    /// The model's folder, as `cargo forge path NAME` prints it
+    /// The model's folder: a bundle, as `cargo forge path NAME` prints it, or an exporter's with its ONNX graph
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
+    /// Which graph to take where an exporter's folder has several, such as model_q4.onnx
+    #[arg(long, value_name = "NAME")]
+    file: Option<String>,
     /// Where packed weights are kept [default: the packed folder of the Millwright cache]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Run one sequence at a time through tract's own attention: the reference
-    #[arg(long)]
-    plain: bool,
+    /// How it runs: fused as far as it goes; plain, with tract's own attention; or as the reference, in f32 arithmetic
+    /// on the file's own numbers
+    #[arg(long, value_name = "auto|plain|reference", default_value = "auto")]
+    plan: PlanChoice,
     /// How keys and values are kept: f16, or int8 for half their memory at some loss of fidelity
     #[arg(long, value_name = "f16|int8", default_value = "f16")]
     kv_cache: KvPrecision,
@@ -34,15 +38,11 @@ impl ModelArgs {
         Ok(Engine::open(&self.model, &options)?)
     }
 
-    /// Opens another model beside it, for one sequence.
-    pub(super) fn open_other(
-        &self,
-        folder: &Path,
-        threads: Option<usize>,
-        plan: PlanChoice,
-    ) -> Result<Engine> {
+    /// Opens another model beside it, for one sequence, as the reference.
+    pub(super) fn open_reference(&self, folder: &Path, threads: Option<usize>) -> Result<Engine> {
         let options = Options {
-            plan,
+            file: None,
+            plan: PlanChoice::Reference,
             kv_precision: KvPrecision::default(),
             ..self.options(threads, 1, None)?
         };
@@ -66,11 +66,8 @@ impl ModelArgs {
             slots,
             kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
             kv_precision: self.kv_cache,
-            plan: if self.plain {
-                PlanChoice::Plain
-            } else {
-                PlanChoice::Auto
-            },
+            file: self.file.clone(),
+            plan: self.plan,
             ..default
         })
     }

@@ -2,9 +2,11 @@
 //!
 //! The operators: <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>
 
+use super::tidy::types;
 use crate::onnx::{
     Graph, float, input, int, int_attribute, is_or_absent, new_node, output, value_info, with_float,
 };
+use std::collections::HashMap;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{NodeProto, TensorProto};
 
@@ -13,12 +15,14 @@ const POSITIONS: &str = "position_ids";
 pub(super) fn standardise(graph: &mut Graph) {
     // A copy, since what stands behind a node is looked up meanwhile.
     let nodes = graph.proto().node.clone();
+    let types = types(graph);
     let mut made = Made::default();
     for node in nodes {
         let parts = match node.op_type.as_str() {
             "GroupQueryAttention" => grouped(graph, &mut made, &node),
             // The standard's has another order of inputs.
             "RotaryEmbedding" if node.domain == "com.microsoft" => rotary(graph, &node),
+            "Attention" => masked(&types, &mut made, &node),
             _ => None,
         };
         made.nodes.extend(parts.unwrap_or_else(|| vec![node]));
@@ -145,6 +149,32 @@ fn grouped(graph: &Graph, made: &mut Made, node: &NodeProto) -> Option<Vec<NodeP
     }
     nodes.push(attention);
     Some(nodes)
+}
+
+/// `Attention(q, k, v, mask)` with a mask of truths gets one of numbers: tract takes truths for numbers.
+fn masked(
+    types: &HashMap<String, i32>,
+    made: &mut Made,
+    node: &NodeProto,
+) -> Option<Vec<NodeProto>> {
+    let mask = input(node, 3).filter(|mask| types.get(*mask) == Some(&(DataType::Bool as i32)))?;
+    let [seen, hidden, numbers] =
+        ["seen", "hidden", "numbers"].map(|part| format!("{mask}/{part}"));
+    if !made.nodes.iter().any(|node| node.output[0] == numbers) {
+        for (name, value) in [(&seen, 0.0), (&hidden, f32::MIN)] {
+            made.stored.push(TensorProto {
+                name: name.clone(),
+                data_type: DataType::Float as i32,
+                float_data: vec![value],
+                ..TensorProto::default()
+            });
+        }
+        made.nodes
+            .push(new_node("Where", &[mask, &seen, &hidden], &[&numbers]));
+    }
+    let mut numbered = node.clone();
+    numbered.input[3] = numbers;
+    Some(vec![numbered])
 }
 
 /// `RotaryEmbedding(x, positions, cos, sin)`, whose heads may be known only to the attention behind it.

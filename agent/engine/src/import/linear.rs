@@ -182,7 +182,8 @@ fn integer(graph: &Graph, node: &NodeProto) -> Option<Linear> {
         scales: scales.to_owned(),
         zero_points: input(node, 3).map(str::to_owned),
     };
-    let source = weight::whole(graph, input(node, 1)?, Order::ColumnMajor, &scaling)?;
+    let (values, order) = weight::transposed(graph, input(node, 1)?, Order::ColumnMajor);
+    let source = weight::whole(graph, values, order, &scaling)?;
     Some(Linear {
         x: input(quantise, 0)?.to_owned(),
         output: out.to_owned(),

@@ -2,7 +2,8 @@
 //! nodes that do nothing. What a graph computes stays the same, but for floats that become wider.
 
 use super::branch;
-use crate::onnx::{Graph, GraphError, Numbers, elements, input, input_type, int, output};
+use crate::folder::Heads;
+use crate::onnx::{Graph, GraphError, Numbers, elements, input, input_type, int, output, set_dim};
 use std::collections::HashMap;
 use tract_onnx::pb::attribute_proto::AttributeType;
 use tract_onnx::pb::tensor_proto::DataType;
@@ -23,6 +24,19 @@ pub(crate) fn tidy(graph: &mut Graph) -> Result<(), GraphError> {
         .output
         .sort_by_key(|output| output.name != "logits");
     Ok(())
+}
+
+/// Writes into the cache's inputs what they leave open.
+pub(super) fn state_heads(graph: &mut Graph, heads: Heads) {
+    for input in &mut graph.proto_mut().input {
+        if input.name.starts_with("past_key_values.") {
+            for (axis, size) in [(1, heads.kv_heads), (3, heads.head_dim)] {
+                if let Some(size) = size {
+                    set_dim(input, axis, size);
+                }
+            }
+        }
+    }
 }
 
 /// `Constant` nodes become initializers.
@@ -219,7 +233,7 @@ fn folded(graph: &Graph, node: &NodeProto) -> Option<TensorProto> {
 }
 
 /// The types of values, as far as they follow from what makes them.
-fn types(graph: &Graph) -> HashMap<String, i32> {
+pub(super) fn types(graph: &Graph) -> HashMap<String, i32> {
     let mut types: HashMap<String, i32> = HashMap::new();
     for tensor in &graph.proto().initializer {
         types.insert(tensor.name.clone(), tensor.data_type);

@@ -22,7 +22,11 @@ pub(super) fn behind(graph: &Graph, value: &str, order: Order) -> Option<WeightS
 }
 
 /// A value's source over transpositions, and the order there.
-fn transposed<'a>(graph: &'a Graph, mut value: &'a str, mut order: Order) -> (&'a str, Order) {
+pub(super) fn transposed<'a>(
+    graph: &'a Graph,
+    mut value: &'a str,
+    mut order: Order,
+) -> (&'a str, Order) {
     while let Some(node) = graph.made_by(value, "Transpose") {
         let Some(source) = input(node, 0).filter(|_| matches!(ints(node, "perm"), [1, 0] | []))
         else {
