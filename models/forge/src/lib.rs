@@ -6,9 +6,9 @@
 pub mod bundle;
 pub mod cache;
 pub mod catalogue;
-pub mod convert;
 pub mod dequant;
 pub mod fetch;
+pub mod from_gguf;
 pub mod gguf;
 pub mod graph;
 pub mod like;
@@ -16,6 +16,7 @@ pub mod llama;
 pub mod onnx;
 pub mod pull;
 pub mod quant;
+pub mod rotary;
 pub mod stored;
 pub mod tiny;
 pub mod tokenizer;
