@@ -6,8 +6,10 @@
 pub mod bundle;
 pub mod cache;
 pub mod catalogue;
+pub mod convert;
 pub mod dequant;
 pub mod fetch;
+pub mod from_folder;
 pub mod from_gguf;
 pub mod gguf;
 pub mod graph;
