@@ -95,6 +95,7 @@ fn of_gguf(order: &Order<'_>, gguf: &Gguf<'_>, decoder: &Decoder) -> Result<Desc
 /// As asked for, or the source's, without a file's ending.
 fn name(order: &Order<'_>) -> Result<String> {
     if let Some(name) = order.name {
+        ensure!(!name.trim().is_empty(), "--name is empty");
         return Ok(name.to_owned());
     }
     let path = order.source.canonicalize()?;

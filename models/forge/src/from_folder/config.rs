@@ -160,10 +160,13 @@ impl Settings {
     }
 
     fn scaling(&self) -> Result<Scaling> {
-        match self.ropes().next() {
-            None => Ok(Scaling::None),
-            Some(rope) => rope.scaling(),
-        }
+        let all = self.ropes().map(Rotary::scaling);
+        let all = all.collect::<Result<Vec<Scaling>>>()?;
+        ensure!(
+            all.iter().all(|scaling| *scaling == all[0]),
+            "rope_parameters and rope_scaling ask for different rotary angles"
+        );
+        Ok(all.first().map_or(Scaling::None, |scaling| *scaling))
     }
 }
 
@@ -274,6 +277,9 @@ mod tests {
         says(json!({"hidden_size": -1}), "invalid value");
         let yarn = json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 32});
         says(json!({"rope_scaling": yarn}), "type \"yarn\"");
+        let linear = json!({"rope_type": "linear", "factor": 4.0});
+        let both = json!({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": linear});
+        says(both, "different rotary angles");
         let more = json!({"rope_type": "linear", "factor": 4.0, "mscale": 2});
         says(json!({"rope_scaling": more}), "\"mscale\"");
         says(json!({"rope_scaling": {"factor": 4.0}}), "says \"default\"");
