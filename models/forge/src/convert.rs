@@ -1,160 +1,141 @@
-//! Reads a llama-like model out of a GGUF file: its sizes, its vocabulary, and its weights in ONNX's order.
-//! Refuses what it would get wrong.
+//! Makes a bundle of somebody's own weights: a Hugging Face folder or a GGUF file. What either holds is for
+//! `from_folder` and `from_gguf`; here it becomes a description, and the description a bundle.
 
+use crate::bundle::{self, Description, Licence};
 use crate::gguf::{Gguf, Value};
-use crate::llama::{Part, Shape, Weights};
-use crate::stored::Stored;
-use crate::tokenizer::{Splitting, Vocabulary};
-use anyhow::{Context, Result, bail, ensure};
-use std::collections::HashSet;
-use std::ops::Range;
+use crate::llama::{Decoder, Weights};
+use crate::pull::{bar, explained, vacant};
+use crate::{Precision, from_folder, from_gguf, tokenizer};
+use anyhow::{Context, Result, ensure};
+use millwright_engine::bundle::sha256_of;
+use std::fs;
+use std::path::Path;
 
-/// A GGUF file as a source of weights. [`open`](Source::open) has checked that its tensors are just the graph's.
+/// The longest context that a bundle gets unasked: its rotary tables are stored, and a gateway has no room for more.
+const CONTEXT_MAX: usize = 32_768;
+
+/// What to make, and of what.
 #[derive(Debug)]
-pub struct Source<'a> {
-    gguf: &'a Gguf<'a>,
-    shape: Shape,
+pub struct Order<'a> {
+    /// A folder, or a GGUF file.
+    pub source: &'a Path,
+    /// The bundle's folder, new or empty.
+    pub output: &'a Path,
+    pub precision: Precision,
+    /// The source's own name otherwise.
+    pub name: Option<&'a str>,
+    pub version: &'a str,
+    /// Positions; the model's own, up to 32,768, otherwise.
+    pub context: Option<usize>,
 }
 
-impl<'a> Source<'a> {
-    pub fn open(gguf: &'a Gguf<'a>) -> Result<Self> {
-        let architecture = gguf.text("general.architecture")?;
-        ensure!(
-            architecture == "llama",
-            "the architecture {architecture:?} is not \"llama\", the one this forge writes"
-        );
-        if let Some(scaling) = gguf.get("llama.rope.scaling.type") {
-            ensure!(
-                *scaling == Value::Text("none".to_owned()),
-                "rotary scaling {scaling:?} is not written by this forge"
-            );
-        }
-        let size = |key: &str| gguf.size(&format!("llama.{key}"));
-        let (width, heads) = (size("embedding_length")?, size("attention.head_count")?);
-        let head_dim = size("rope.dimension_count")?;
-        ensure!(
-            width == heads * head_dim,
-            "{heads} heads of {head_dim} numbers don't make a width of {width}"
-        );
-        let shape = Shape {
-            layers: size("block_count")?,
-            width,
-            heads,
-            kv_heads: size("attention.head_count_kv")?,
-            head_dim,
-            mlp: size("feed_forward_length")?,
-            vocab: gguf.list("tokenizer.ggml.tokens")?.len(),
-            context: size("context_length")?,
-            rope_base: gguf.float("llama.rope.freq_base")?,
-            epsilon: gguf.float("llama.attention.layer_norm_rms_epsilon")?,
-        };
-        shape.check()?;
-        let written: HashSet<String> = shape.parts().into_iter().map(tensor_name).collect();
-        for name in gguf.tensor_names() {
-            ensure!(
-                written.contains(name),
-                "the file has a tensor {name:?} that this forge wouldn't write"
-            );
-        }
-        Ok(Self { gguf, shape })
+/// Writes the bundle, or nothing: all that can be refused is refused before, and what a failure leaves is removed.
+pub fn convert(order: &Order<'_>) -> Result<()> {
+    vacant(order.output)?;
+    let failed = || format!("{} can't be converted", order.source.display());
+    if order.source.is_dir() {
+        let source = from_folder::Source::open(order.source).with_context(failed)?;
+        let description = of_folder(order, &source).with_context(failed)?;
+        return write(order, &description, &source).with_context(failed);
     }
+    let bytes = fs::read(order.source).with_context(failed)?;
+    let gguf = Gguf::parse(&bytes).with_context(failed)?;
+    let source = from_gguf::Source::open(&gguf).with_context(failed)?;
+    let description = of_gguf(order, &gguf, source.decoder()).with_context(failed)?;
+    write(order, &description, &source).with_context(failed)
+}
 
-    pub fn shape(&self) -> &Shape {
-        &self.shape
+fn of_folder(order: &Order<'_>, source: &from_folder::Source) -> Result<Description> {
+    let texts = source.texts(order.source)?;
+    let mut files = Vec::new();
+    for file in source.files() {
+        let digest = sha256_of(&order.source.join(file));
+        let digest = digest.with_context(|| format!("{file} can't be read"))?;
+        files.push(format!("{file} (sha256 {digest})"));
     }
-}
-
-impl Weights for Source<'_> {
-    fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
-        let head_dim = match part {
-            Part::Query(_) | Part::Key(_) => Some(self.shape.head_dim),
-            _ => None,
-        };
-        let rows = rows.map(|row| head_dim.map_or(row, |head_dim| interleaved(row, head_dim)));
-        self.gguf
-            .load(&tensor_name(part), self.shape.of(part), rows)
-    }
-}
-
-/// Where a row of q or k lies in the file. llama.cpp's converter interleaves the rotary channels (row `2i` and
-/// `2i + 1` of a head turn together); ONNX's rotary embedding pairs row `i` with row `i + head_dim / 2`. Rows
-/// move whole, so their blocks stay what they are.
-fn interleaved(row: usize, head_dim: usize) -> usize {
-    let (channel, half) = (row % head_dim, head_dim / 2);
-    row - channel + channel % half * 2 + channel / half
-}
-
-fn tensor_name(part: Part) -> String {
-    let (layer, name) = match part {
-        Part::Embed => return "token_embd.weight".to_owned(),
-        Part::FinalNorm => return "output_norm.weight".to_owned(),
-        Part::AttentionNorm(l) => (l, "attn_norm"),
-        Part::Query(l) => (l, "attn_q"),
-        Part::Key(l) => (l, "attn_k"),
-        Part::Value(l) => (l, "attn_v"),
-        Part::Output(l) => (l, "attn_output"),
-        Part::MlpNorm(l) => (l, "ffn_norm"),
-        Part::Gate(l) => (l, "ffn_gate"),
-        Part::Up(l) => (l, "ffn_up"),
-        Part::Down(l) => (l, "ffn_down"),
-    };
-    format!("blk.{layer}.{name}.weight")
-}
-
-/// The file's byte-level BPE vocabulary.
-pub fn vocabulary(gguf: &Gguf<'_>) -> Result<Vocabulary> {
-    let model = gguf.text("tokenizer.ggml.model")?;
-    ensure!(
-        model == "gpt2",
-        "the tokenizer {model:?} is not \"gpt2\", the byte-level BPE this forge writes"
-    );
-    let bos = gguf.get("tokenizer.ggml.add_bos_token");
-    ensure!(
-        bos != Some(&Value::Bool(true)),
-        "a token before every text is not written by this forge"
-    );
-    let splitting = match gguf.text("tokenizer.ggml.pre")? {
-        "gpt-2" => Splitting::Gpt2,
-        "smollm" => Splitting::Gpt2Digits,
-        other => bail!("the splitting {other:?} is neither \"smollm\" nor \"gpt-2\""),
-    };
-    let tokens = gguf.texts("tokenizer.ggml.tokens")?;
-    let kinds = gguf.list("tokenizer.ggml.token_type")?;
-    ensure!(
-        kinds.len() == tokens.len(),
-        "{} token types don't match {} tokens",
-        kinds.len(),
-        tokens.len()
-    );
-    let mut special = Vec::new();
-    for (id, kind) in kinds.iter().enumerate() {
-        match kind {
-            // Plain text, and places that no text leads to.
-            Value::Integer(1 | 5) => {}
-            // Control tokens.
-            Value::Integer(3) => special.push(id as u32),
-            other => bail!(
-                "the token {:?} has the type {other:?}, which this forge doesn't know",
-                tokens[id]
-            ),
-        }
-    }
-    let merges = gguf.texts("tokenizer.ggml.merges")?;
-    Ok(Vocabulary {
-        tokens,
-        merges,
-        special,
-        splitting,
+    Ok(Description {
+        name: name(order)?,
+        version: order.version.to_owned(),
+        decoder: cut(source.decoder(), order.context)?,
+        tokenizer: texts.tokenizer,
+        chat_template: texts.chat_template,
+        stop_tokens: texts.stop_tokens,
+        licence: texts.licence,
+        source: format!("Hugging Face folder: {}", files.join(", ")),
+        others: texts.others,
     })
 }
 
-/// The file's chat template, in Jinja.
-pub fn chat_template(gguf: &Gguf<'_>) -> Result<String> {
-    Ok(gguf
-        .text("tokenizer.chat_template")
-        .context("the model can't chat")?
-        .to_owned())
+fn of_gguf(order: &Order<'_>, gguf: &Gguf<'_>, decoder: &Decoder) -> Result<Description> {
+    let vocabulary = from_gguf::vocabulary(gguf)?;
+    let file = order.source.file_name().unwrap_or_default();
+    Ok(Description {
+        name: name(order)?,
+        version: order.version.to_owned(),
+        decoder: cut(decoder, order.context)?,
+        tokenizer: tokenizer::build(&vocabulary)?,
+        chat_template: from_gguf::chat_template(gguf)?,
+        stop_tokens: from_gguf::stop_tokens(gguf, &vocabulary)?,
+        licence: Licence {
+            name: match gguf.get("general.license") {
+                Some(Value::Text(name)) => name.clone(),
+                _ => "unknown".to_owned(),
+            },
+            files: vec![],
+        },
+        source: format!(
+            "GGUF file {} (sha256 {})",
+            file.to_string_lossy(),
+            sha256_of(order.source)?
+        ),
+        others: vec![],
+    })
 }
 
-#[cfg(test)]
-mod tests;
+/// As asked for, or the source's, without a file's ending.
+fn name(order: &Order<'_>) -> Result<String> {
+    if let Some(name) = order.name {
+        ensure!(!name.trim().is_empty(), "--name is empty");
+        return Ok(name.to_owned());
+    }
+    let path = order.source.canonicalize()?;
+    let own = if path.is_dir() {
+        path.file_name()
+    } else {
+        path.file_stem()
+    };
+    let own = own.context("the source has no name; give one with --name")?;
+    Ok(own.to_string_lossy().to_lowercase())
+}
+
+/// The model with the context that the bundle gets.
+fn cut(decoder: &Decoder, wanted: Option<usize>) -> Result<Decoder> {
+    let mut decoder = decoder.clone();
+    let own = decoder.shape.context;
+    decoder.shape.context = wanted.unwrap_or(own.min(CONTEXT_MAX));
+    let context = decoder.shape.context;
+    ensure!(
+        (2..=own).contains(&context),
+        "a context of {context} positions can't be had: the model has {own}, and two are the least"
+    );
+    if wanted.is_none() && context < own {
+        eprintln!("the context is cut from {own} positions to {context}; --context asks for more");
+    }
+    Ok(decoder)
+}
+
+fn write(order: &Order<'_>, description: &Description, weights: &dyn Weights) -> Result<()> {
+    let (dir, precision) = (order.output, order.precision);
+    fs::create_dir_all(dir).with_context(|| format!("{} can't be created", dir.display()))?;
+    let bar = bar(
+        description.decoder.weights(),
+        &format!("writing {precision}"),
+    );
+    let written = bundle::write(dir, description, precision, weights, &bar);
+    bar.finish_and_clear();
+    if written.is_err() {
+        // It was empty before, so that all in it is ours. What can't be removed is without a manifest: no bundle.
+        let _ = fs::remove_dir_all(dir);
+    }
+    explained(written, dir, &description.decoder, precision)
+}

@@ -122,9 +122,23 @@ impl<'a> Gguf<'a> {
     pub fn load(
         &self,
         name: &str,
-        [rows, columns]: [usize; 2],
+        shape: [usize; 2],
         wanted: impl Iterator<Item = usize>,
     ) -> Result<Stored> {
+        let tensor = self.tensor(name, shape)?;
+        let all = &self.bytes[tensor.place.clone()];
+        let stride = all.len() / shape[0];
+        let mut bytes = Vec::new();
+        wanted.for_each(|row| bytes.extend_from_slice(&all[row * stride..(row + 1) * stride]));
+        decode(tensor.kind, &bytes).with_context(|| format!("the tensor {name:?}"))
+    }
+
+    /// Checks that a tensor is there, of `[rows, columns]`, or a vector where there is one row.
+    pub fn expect(&self, name: &str, shape: [usize; 2]) -> Result<()> {
+        self.tensor(name, shape).map(|_| ())
+    }
+
+    fn tensor(&self, name: &str, [rows, columns]: [usize; 2]) -> Result<&Tensor> {
         let tensor = self
             .tensors
             .get(name)
@@ -139,11 +153,7 @@ impl<'a> Gguf<'a> {
             "the tensor {name:?} is {:?} where the model's sizes ask for {expected:?}",
             tensor.dimensions
         );
-        let all = &self.bytes[tensor.place.clone()];
-        let stride = all.len() / rows;
-        let mut bytes = Vec::new();
-        wanted.for_each(|row| bytes.extend_from_slice(&all[row * stride..(row + 1) * stride]));
-        decode(tensor.kind, &bytes).with_context(|| format!("the tensor {name:?}"))
+        Ok(tensor)
     }
 
     /// A value, if it is there.
@@ -384,7 +394,7 @@ mod tests {
             &[
                 ("w", &[3, 2], 0, &weights),
                 ("v", &[6], 0, &weights),
-                ("k", &[256], 12, &[]),
+                ("k", &[256], 11, &[]),
             ],
         )
     }
@@ -419,7 +429,7 @@ mod tests {
             [3, 2],
             "is [3, 2] where the model's sizes ask for [2, 3]",
         );
-        says("k", [1, 256], "type 12");
+        says("k", [1, 256], "type 11");
         assert!(
             gguf.size("general.name")
                 .unwrap_err()

@@ -12,13 +12,16 @@
 //!                         └───────────────────────┘
 //! ```
 //!
+//! A linear that has a bias is followed by an `Add` of it, an f32 vector in every precision.
+//!
 //! Attention is causal by its attribute, which counts positions from the past's length. `attention_mask` is
 //! an input because every caller of such graphs passes one; nothing reads it, so batches can't be padded.
 
 use crate::Precision;
-use crate::llama::{Part, Shape, Weights, rotary_tables};
+use crate::llama::{Decoder, Part, Shape, Weights};
 use crate::onnx::{Axis, Element, Writer, float, int, ints};
 use crate::quant::{self, BLOCK};
+use crate::rotary;
 use crate::stored::{Eight, Four, Stored};
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
@@ -36,20 +39,21 @@ const MATMUL_N_BITS: &str = "com.microsoft.MatMulNBits";
 /// Writes the graph and its weights into `dir`. The bar advances by one for each weight.
 ///
 /// A weight that its source stores in the precision asked for is carried as it is. The most that is in memory at
-/// once is the largest linear and the embedding's scales.
+/// once is the largest of a layer's linears, and the scales of the embedding or the head.
 pub fn write(
     dir: &Path,
     name: &str,
-    shape: &Shape,
+    decoder: &Decoder,
     precision: Precision,
     weights: &dyn Weights,
     bar: &ProgressBar,
 ) -> Result<()> {
-    shape.check()?;
+    decoder.check()?;
     let onnx = Writer::create(dir, name)?;
     let mut graph = Graph {
         onnx,
-        shape,
+        decoder,
+        shape: &decoder.shape,
         precision,
         weights,
         bar,
@@ -57,26 +61,26 @@ pub fn write(
     graph.interface();
     graph.tables()?;
     let mut x = graph.embedding()?;
-    for layer in 0..shape.layers {
+    for layer in 0..decoder.shape.layers {
         let y = graph.attention(layer, &x)?;
         x = graph.mlp(layer, &y)?;
     }
     let x = graph.norm(Part::FinalNorm, "final_norm", &x)?;
-    graph.head(&x);
+    graph.head(&x)?;
     graph.onnx.finish()
 }
 
 /// The bytes that [`write`] takes on disk, to within the graph's own few hundred kilobytes.
-pub fn bytes(shape: &Shape, precision: Precision) -> u64 {
-    let tables = (shape.context * shape.head_dim * 4) as u64;
-    tables
+pub fn bytes(decoder: &Decoder, precision: Precision) -> u64 {
+    let (shape, weights) = (&decoder.shape, decoder.weights());
+    let rotary = (shape.context * shape.head_dim * 4) as u64;
+    rotary
         + match precision {
-            Precision::F32 => shape.weights() * 4,
-            Precision::Int8 => int8(shape.weights()),
+            Precision::F32 => weights * 4,
+            Precision::Int8 => int8(weights),
             Precision::Q4 => {
-                let embedding = shape.count(Part::Embed);
-                let linears = shape.weights() - embedding;
-                int8(embedding) + linears * (BLOCK as u64 / 2 + 8) / BLOCK as u64
+                let tables = shape.count(Part::Embed) * if decoder.tied { 1 } else { 2 };
+                int8(tables) + (weights - tables) * (BLOCK as u64 / 2 + 8) / BLOCK as u64
             }
         }
 }
@@ -87,6 +91,7 @@ fn int8(weights: u64) -> u64 {
 
 struct Graph<'a> {
     onnx: Writer,
+    decoder: &'a Decoder,
     shape: &'a Shape,
     precision: Precision,
     weights: &'a dyn Weights,
@@ -131,58 +136,72 @@ impl Graph<'_> {
     }
 
     fn tables(&mut self) -> Result<()> {
-        let (cos, sin) = rotary_tables(self.shape);
+        let (cos, sin) = rotary::tables(self.shape, &self.decoder.scaling);
         let size = [self.shape.context, self.shape.head_dim / 2];
         self.onnx.matrix("rope.cos", &size, &cos)?;
         self.onnx.matrix("rope.sin", &size, &sin)
     }
 
     fn embedding(&mut self) -> Result<String> {
-        let [rows, columns] = self.shape.of(Part::Embed);
-        let gather = |graph: &mut Self, table: &str, out: &str| {
-            graph
-                .onnx
+        self.table(Part::Embed, "embed")?;
+        let mut gather = |table: &str, out: &str| {
+            self.onnx
                 .node("Gather", &[table, "input_ids"], &[out], vec![]);
         };
         if self.precision == Precision::F32 {
-            self.onnx.begin::<f32>("embed.weight", &[rows, columns])?;
-            self.each(Part::Embed, |onnx, piece| onnx.append(&piece.into_values()))?;
-            gather(self, "embed.weight", "embed.out");
+            gather("embed.weight", "embed.out");
         } else {
-            self.onnx.begin::<i8>("embed.q", &[rows, columns])?;
-            let mut scales = Vec::with_capacity(rows * columns / BLOCK);
-            self.each(Part::Embed, |onnx, piece| {
-                let piece = eight(piece, columns);
-                scales.extend_from_slice(&piece.scales);
-                onnx.append(&piece.weights)
-            })?;
-            self.onnx
-                .matrix("embed.scale", &[rows, columns / BLOCK], &scales)?;
-            gather(self, "embed.q", "embed.rows.q");
-            gather(self, "embed.scale", "embed.rows.scale");
+            gather("embed.q", "embed.rows.q");
+            gather("embed.scale", "embed.rows.scale");
             self.dequantise("embed.rows", "embed.out", 2);
         }
         Ok("embed.out".to_owned())
     }
 
-    /// The head reads the embedding's own table, transposed, so that it is stored once.
-    fn head(&mut self, x: &str) {
-        let perm = || vec![ints("perm", &[1, 0])];
-        match self.precision {
-            Precision::F32 => {
-                self.onnx
-                    .node("Transpose", &["embed.weight"], &["head.weight"], perm());
-            }
-            Precision::Int8 | Precision::Q4 => {
-                self.onnx
-                    .node("Transpose", &["embed.q"], &["head.q"], perm());
-                self.onnx
-                    .node("Transpose", &["embed.scale"], &["head.scale"], perm());
-                self.dequantise("head", "head.weight", 0);
-            }
+    /// The head reads a table, transposed: the embedding's own, which is stored once, or another.
+    fn head(&mut self, x: &str) -> Result<()> {
+        let table = if self.decoder.tied {
+            "embed"
+        } else {
+            self.table(Part::Head, "lm_head")?;
+            "lm_head"
+        };
+        let mut transpose = |part: &str| {
+            let (from, to) = (format!("{table}.{part}"), format!("head.{part}"));
+            let perm = vec![ints("perm", &[1, 0])];
+            self.onnx.node("Transpose", &[&from], &[&to], perm);
+        };
+        if self.precision == Precision::F32 {
+            transpose("weight");
+        } else {
+            transpose("q");
+            transpose("scale");
+            self.dequantise("head", "head.weight", 0);
         }
         self.onnx
             .node("MatMul", &[x, "head.weight"], &["logits"], vec![]);
+        Ok(())
+    }
+
+    /// Adds `{name}.weight`, or `{name}.q` and `{name}.scale`, one row for each token. In four bits a table is int8
+    /// all the same.
+    fn table(&mut self, part: Part, name: &str) -> Result<()> {
+        let [rows, columns] = self.shape.of(part);
+        if self.precision == Precision::F32 {
+            let weight = format!("{name}.weight");
+            self.onnx.begin::<f32>(&weight, &[rows, columns])?;
+            return self.each(part, |onnx, piece| onnx.append(&piece.into_values()));
+        }
+        self.onnx
+            .begin::<i8>(&format!("{name}.q"), &[rows, columns])?;
+        let mut scales = Vec::with_capacity(rows * columns / BLOCK);
+        self.each(part, |onnx, piece| {
+            let piece = eight(piece, columns);
+            scales.extend_from_slice(&piece.scales);
+            onnx.append(&piece.weights)
+        })?;
+        let scale = format!("{name}.scale");
+        self.onnx.matrix(&scale, &[rows, columns / BLOCK], &scales)
     }
 
     fn attention(&mut self, layer: usize, x: &str) -> Result<String> {
@@ -226,12 +245,7 @@ impl Graph<'_> {
 
     fn norm(&mut self, part: Part, name: &str, x: &str) -> Result<String> {
         let (gamma, out) = (format!("{name}.gamma"), format!("{name}.out"));
-        let mut values = Vec::new();
-        self.each(part, |_, piece| {
-            values = piece.into_values();
-            Ok(())
-        })?;
-        self.onnx.vector(&gamma, &values);
+        self.vector(part, &gamma)?;
         let attributes = vec![int("axis", -1), float("epsilon", self.shape.epsilon)];
         self.onnx
             .node("RMSNormalization", &[x, &gamma], &[&out], attributes);
@@ -254,7 +268,12 @@ impl Graph<'_> {
             Precision::Int8 => self.linear_int8(part, name, x, &out)?,
             Precision::Q4 => self.linear_q4(part, name, x, &out)?,
         }
-        Ok(out)
+        let Some(bias) = self.decoder.bias(part) else {
+            return Ok(out);
+        };
+        let vector = format!("{name}.bias");
+        self.vector(bias, &vector)?;
+        Ok(self.binary("Add", &format!("{name}.biased"), &out, &vector))
     }
 
     /// `x · W` with W stored as `[inputs, outputs]`, as ONNX's MatMul wants it.
@@ -319,6 +338,16 @@ impl Graph<'_> {
             &[out],
             attributes,
         );
+        Ok(())
+    }
+
+    fn vector(&mut self, part: Part, name: &str) -> Result<()> {
+        let mut values = Vec::new();
+        self.each(part, |_, piece| {
+            values = piece.into_values();
+            Ok(())
+        })?;
+        self.onnx.vector(name, &values);
         Ok(())
     }
 

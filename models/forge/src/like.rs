@@ -4,7 +4,7 @@
 
 use crate::Precision;
 use crate::bundle;
-use crate::llama::{Part, Shape, Weights};
+use crate::llama::{Decoder, Part, Shape, Weights};
 use crate::quant::BLOCK;
 use crate::stored::{Eight, Four, Stored};
 use crate::tiny::{description, hash, normal, seed, spread};
@@ -87,21 +87,23 @@ pub fn write(
     bar: &ProgressBar,
 ) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("{} can't be created", dir.display()))?;
-    let description = description(name, shape, "seeded random weights, to test size and speed");
-    let weights = Blocks { shape, precision };
+    let source = "seeded random weights, to test size and speed";
+    let description = description(name, shape, source)?;
+    let decoder = &description.decoder;
+    let weights = Blocks { decoder, precision };
     bundle::write(dir, &description, precision, &weights, bar)
 }
 
 /// Weights drawn as blocks of uniform integers, scaled to the part's deviation, more or less by block.
 struct Blocks<'a> {
-    shape: &'a Shape,
+    decoder: &'a Decoder,
     precision: Precision,
 }
 
 impl Weights for Blocks<'_> {
     fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
-        let [all, columns] = self.shape.of(part);
-        let seed = seed(self.shape, part)? as u64;
+        let [all, columns] = self.decoder.shape.of(part);
+        let seed = seed(self.decoder, part)? as u64;
         let (mean, deviation) = spread(part, columns);
         if all == 1 {
             let draw = |i| mean + deviation * normal(seed << 32 | i as u64);
@@ -182,7 +184,7 @@ mod tests {
     fn weights_have_their_deviation_whatever_the_precision_and_the_pieces() {
         for precision in [Precision::Int8, Precision::Q4] {
             let weights = Blocks {
-                shape: &SMALL,
+                decoder: &Decoder::llama(SMALL),
                 precision,
             };
             let load = |rows| weights.load(Part::Gate(0), rows).unwrap().into_values();
@@ -227,8 +229,9 @@ mod tests {
             (Like::Qwen25_05B, 494),
             (Like::Qwen25_15B, 1543),
         ] {
-            like.shape().check().unwrap();
-            assert_eq!(like.shape().weights() / 1_000_000, millions);
+            let decoder = Decoder::llama(like.shape());
+            decoder.check().unwrap();
+            assert_eq!(decoder.weights() / 1_000_000, millions);
         }
     }
 }

@@ -1,11 +1,44 @@
 //! What a llama-like model is made of: its sizes, the names of its parts, and the seam through which a source
 //! of weights hands them over. Writes nothing and reads no file.
 
+use crate::rotary::Scaling;
 use crate::stored::Stored;
 use anyhow::{Result, ensure};
+use std::fmt;
 use std::ops::Range;
 
-/// The sizes of a model; all that the graph needs beside the weights.
+/// More layers than any model has.
+const LAYERS_MAX: usize = 4096;
+
+/// A model but for its weights; all that the graph needs beside them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoder {
+    pub architecture: Architecture,
+    pub shape: Shape,
+    pub biases: Biases,
+    /// Whether the embedding's table serves as the head. If not, the head is a table of its own.
+    pub tied: bool,
+    pub scaling: Scaling,
+}
+
+/// Whose layers they are, as the manifest has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    Llama,
+    Qwen2,
+}
+
+/// Which of attention's linears add a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Biases {
+    None,
+    /// Query, key and value.
+    Inputs,
+    /// The output too.
+    All,
+}
+
+/// The sizes of a model, and the two numbers that its norms and its rotation need.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
     pub layers: usize,
@@ -18,7 +51,7 @@ pub struct Shape {
     /// Numbers inside a layer's gated part.
     pub mlp: usize,
     pub vocab: usize,
-    /// Positions that the model was trained for, and the length of the rotary tables.
+    /// Positions that a prompt and its answer may take, and the length of the rotary tables.
     pub context: usize,
     pub rope_base: f32,
     pub epsilon: f32,
@@ -27,20 +60,30 @@ pub struct Shape {
 /// A weight, named by its role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// `[vocab, width]`; the head is tied to it.
+    /// `[vocab, width]`
     Embed,
     /// `[width]`
     FinalNorm,
+    /// `[vocab, width]`, where it is not the embedding's.
+    Head,
     /// `[width]`, before attention.
     AttentionNorm(usize),
     /// `[heads · head_dim, width]`
     Query(usize),
+    /// `[heads · head_dim]`
+    QueryBias(usize),
     /// `[kv_heads · head_dim, width]`
     Key(usize),
+    /// `[kv_heads · head_dim]`
+    KeyBias(usize),
     /// `[kv_heads · head_dim, width]`
     Value(usize),
+    /// `[kv_heads · head_dim]`
+    ValueBias(usize),
     /// `[width, heads · head_dim]`
     Output(usize),
+    /// `[width]`
+    OutputBias(usize),
     /// `[width]`, before the gated part.
     MlpNorm(usize),
     /// `[mlp, width]`
@@ -57,47 +100,79 @@ pub trait Weights {
     fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored>;
 }
 
-impl Shape {
-    /// Rows and columns of a matrix, or one row for a vector.
-    pub fn of(&self, part: Part) -> [usize; 2] {
-        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        match part {
-            Part::Embed => [self.vocab, self.width],
-            Part::FinalNorm | Part::AttentionNorm(_) | Part::MlpNorm(_) => [1, self.width],
-            Part::Query(_) => [queries, self.width],
-            Part::Key(_) | Part::Value(_) => [keys, self.width],
-            Part::Output(_) => [self.width, queries],
-            Part::Gate(_) | Part::Up(_) => [self.mlp, self.width],
-            Part::Down(_) => [self.width, self.mlp],
+impl Decoder {
+    /// A llama without biases, whose head is its embedding.
+    pub fn llama(shape: Shape) -> Self {
+        Self {
+            architecture: Architecture::Llama,
+            shape,
+            biases: Biases::None,
+            tied: true,
+            scaling: Scaling::None,
         }
     }
 
     /// Every part, in the order in which the graph takes them.
     pub fn parts(&self) -> Vec<Part> {
-        let layer = |l| {
-            use Part::{AttentionNorm, Down, Gate, Key, MlpNorm, Output, Query, Up, Value};
-            [
-                AttentionNorm(l),
-                Query(l),
-                Key(l),
-                Value(l),
-                Output(l),
-                MlpNorm(l),
-                Gate(l),
-                Up(l),
-                Down(l),
-            ]
-        };
-        let layers = (0..self.layers).flat_map(layer);
-        std::iter::once(Part::Embed)
-            .chain(layers)
-            .chain([Part::FinalNorm])
-            .collect()
+        let mut parts = vec![Part::Embed];
+        for layer in 0..self.shape.layers {
+            parts.push(Part::AttentionNorm(layer));
+            for linear in [Part::Query, Part::Key, Part::Value, Part::Output] {
+                parts.push(linear(layer));
+                parts.extend(self.bias(linear(layer)));
+            }
+            let mlp = [Part::MlpNorm, Part::Gate, Part::Up, Part::Down];
+            parts.extend(mlp.map(|part| part(layer)));
+        }
+        parts.push(Part::FinalNorm);
+        if !self.tied {
+            parts.push(Part::Head);
+        }
+        parts
+    }
+
+    /// What is added to a linear's outputs, if anything is.
+    pub fn bias(&self, linear: Part) -> Option<Part> {
+        let inputs = self.biases != Biases::None;
+        match linear {
+            Part::Query(l) if inputs => Some(Part::QueryBias(l)),
+            Part::Key(l) if inputs => Some(Part::KeyBias(l)),
+            Part::Value(l) if inputs => Some(Part::ValueBias(l)),
+            Part::Output(l) if self.biases == Biases::All => Some(Part::OutputBias(l)),
+            _ => None,
+        }
     }
 
     /// The number of weights.
     pub fn weights(&self) -> u64 {
-        self.parts().into_iter().map(|part| self.count(part)).sum()
+        let counts = self.parts().into_iter().map(|part| self.shape.count(part));
+        counts.sum()
+    }
+
+    /// Checks what the graph's writer relies on.
+    pub fn check(&self) -> Result<()> {
+        self.shape.check()?;
+        self.scaling.check()
+    }
+}
+
+impl Shape {
+    /// Rows and columns of a matrix, or one row for a vector.
+    pub fn of(&self, part: Part) -> [usize; 2] {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        match part {
+            Part::Embed | Part::Head => [self.vocab, self.width],
+            Part::FinalNorm | Part::AttentionNorm(_) | Part::MlpNorm(_) | Part::OutputBias(_) => {
+                [1, self.width]
+            }
+            Part::Query(_) => [queries, self.width],
+            Part::QueryBias(_) => [1, queries],
+            Part::Key(_) | Part::Value(_) => [keys, self.width],
+            Part::KeyBias(_) | Part::ValueBias(_) => [1, keys],
+            Part::Output(_) => [self.width, queries],
+            Part::Gate(_) | Part::Up(_) => [self.mlp, self.width],
+            Part::Down(_) => [self.width, self.mlp],
+        }
     }
 
     /// The number of a part's weights.
@@ -105,10 +180,9 @@ impl Shape {
         self.of(part).iter().map(|&n| n as u64).product()
     }
 
-    /// Checks what the graph's writer relies on.
+    /// Checks the sizes, each by itself and together.
     pub fn check(&self) -> Result<()> {
         let sizes = [
-            self.layers,
             self.width,
             self.heads,
             self.kv_heads,
@@ -118,7 +192,8 @@ impl Shape {
             self.context,
         ];
         ensure!(
-            sizes.iter().all(|n| (1..1 << 24).contains(n)),
+            sizes.iter().all(|n| (1..1 << 24).contains(n))
+                && (1..=LAYERS_MAX).contains(&self.layers),
             "a size of the model is out of range: {self:?}"
         );
         ensure!(
@@ -153,14 +228,11 @@ impl Shape {
     }
 }
 
-/// The rotary tables, cosine and sine, each `[context, head_dim / 2]`.
-pub fn rotary_tables(shape: &Shape) -> (Vec<f32>, Vec<f32>) {
-    let half = shape.head_dim / 2;
-    let angle = |i: usize| {
-        let (position, channel) = ((i / half) as f64, (i % half) as f64);
-        position * f64::from(shape.rope_base).powf(-2.0 * channel / shape.head_dim as f64)
-    };
-    // In f64, so that far positions are as exact as near ones.
-    let angles = (0..shape.context * half).map(angle);
-    angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip()
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+        })
+    }
 }

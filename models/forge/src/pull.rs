@@ -1,14 +1,14 @@
 //! Makes a catalogue entry's bundle in the cache, unless it is there. The whole way of a model reads down here.
 
-use crate::bundle::{self, Description};
+use crate::bundle::{self, Description, Licence};
 use crate::cache::{Cache, Claim, is_full};
 use crate::catalogue::{Entry, Package};
-use crate::convert::{Source, chat_template, vocabulary};
 use crate::fetch::fetch;
+use crate::from_gguf::{Source, chat_template, vocabulary};
 use crate::gguf::Gguf;
 use crate::like::Like;
-use crate::llama::Shape;
-use crate::{Precision, graph, like, tiny};
+use crate::llama::Decoder;
+use crate::{Precision, graph, like, tiny, tokenizer};
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use millwright_engine::bundle::Bundle;
@@ -37,7 +37,8 @@ pub fn pull(cache: &Cache, entry: &Entry, precision: Precision) -> Result<Pulled
     let Some(package) = &entry.package else {
         let workshop = claim.workshop()?;
         let written = tiny::write(workshop, precision);
-        explained(written, workshop, &tiny::shape(), precision)?;
+        let decoder = Decoder::llama(tiny::shape());
+        explained(written, workshop, &decoder, precision)?;
         claim.install(workshop)?;
         return Ok(Pulled { path, made: true });
     };
@@ -45,12 +46,12 @@ pub fn pull(cache: &Cache, entry: &Entry, precision: Precision) -> Result<Pulled
     let failed = || format!("{} can't be converted", package.file());
     let gguf = Gguf::parse(&bytes).with_context(failed)?;
     let source = Source::open(&gguf).with_context(failed)?;
-    let description = describe(entry, package, &gguf, source.shape()).with_context(failed)?;
+    let description = describe(entry, package, &gguf, source.decoder()).with_context(failed)?;
     let workshop = claim.workshop()?;
-    let bar = bar(source.shape().weights(), &format!("writing {precision}"));
+    let bar = bar(source.decoder().weights(), &format!("writing {precision}"));
     let written = bundle::write(workshop, &description, precision, &source, &bar);
     bar.finish_and_clear();
-    explained(written, workshop, source.shape(), precision).with_context(failed)?;
+    explained(written, workshop, source.decoder(), precision).with_context(failed)?;
     claim.install(workshop)?;
     Ok(Pulled { path, made: true })
 }
@@ -65,39 +66,43 @@ pub(crate) fn describe(
     entry: &Entry,
     package: &Package,
     gguf: &Gguf<'_>,
-    shape: &Shape,
+    decoder: &Decoder,
 ) -> Result<Description> {
+    let template = chat_template(gguf)?.context("the model can't chat: it has no template")?;
     Ok(Description {
         name: entry.name.clone(),
         version: entry.version.clone(),
-        shape: shape.clone(),
-        vocabulary: vocabulary(gguf)?,
-        chat_template: chat_template(gguf)?,
+        decoder: decoder.clone(),
+        tokenizer: tokenizer::build(&vocabulary(gguf)?)?,
+        chat_template: Some(template),
         stop_tokens: entry.stop_tokens.clone(),
+        licence: Licence::apache(),
         source: format!(
             "Python package {}, {} (sha256 {})",
             package.requirement,
             package.file(),
             package.member_sha256
         ),
+        others: vec![],
     })
 }
 
 /// Makes a random model in a folder of the caller's, which must be new or empty: in the shape of a real one, or tiny.
 pub fn random(dir: &Path, like: Option<Like>, precision: Precision) -> Result<()> {
-    check_new(dir)?;
+    vacant(dir)?;
+    let shape = like.map_or_else(tiny::shape, Like::shape);
+    let decoder = Decoder::llama(shape);
     let Some(like) = like else {
-        return explained(tiny::write(dir, precision), dir, &tiny::shape(), precision);
+        return explained(tiny::write(dir, precision), dir, &decoder, precision);
     };
-    let shape = like.shape();
-    let bar = bar(shape.weights(), &format!("writing {precision}"));
-    let written = like::write(dir, &like.name(), &shape, precision, &bar);
+    let bar = bar(decoder.weights(), &format!("writing {precision}"));
+    let written = like::write(dir, &like.name(), &decoder.shape, precision, &bar);
     bar.finish_and_clear();
-    explained(written, dir, &shape, precision)
+    explained(written, dir, &decoder, precision)
 }
 
-/// Checks that a folder of the caller's is new or empty.
-pub(crate) fn check_new(dir: &Path) -> Result<()> {
+/// Checks that `dir` holds nothing.
+pub(crate) fn vacant(dir: &Path) -> Result<()> {
     let taken = match dir.read_dir() {
         Ok(mut entries) => entries.next().is_some(),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
@@ -110,15 +115,16 @@ pub(crate) fn check_new(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn explained(
+/// Says how much room the bundle needs, if it was room that it lacked.
+pub(crate) fn explained(
     written: Result<()>,
     workshop: &Path,
-    shape: &Shape,
+    decoder: &Decoder,
     precision: Precision,
 ) -> Result<()> {
     written.map_err(|error| {
         if is_full(&error) {
-            let needed = graph::bytes(shape, precision).div_ceil(1_000_000);
+            let needed = graph::bytes(decoder, precision).div_ceil(1_000_000);
             return error.context(format!(
                 "the disk is full: the bundle needs {needed} MB at {}",
                 workshop.display()
@@ -128,10 +134,11 @@ fn explained(
     })
 }
 
-pub(crate) fn bar(length: u64, message: &str) -> ProgressBar {
+/// Of so many weights to write.
+pub(crate) fn bar(weights: u64, message: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {percent}% {eta}")
         .expect("the template is a constant");
-    ProgressBar::new(length)
+    ProgressBar::new(weights)
         .with_style(style)
         .with_message(message.to_owned())
 }

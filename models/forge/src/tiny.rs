@@ -2,10 +2,10 @@
 //! answers nonsense, always the same.
 
 use crate::Precision;
-use crate::bundle::{self, Description};
-use crate::llama::{Part, Shape, Weights};
+use crate::bundle::{self, Description, Licence};
+use crate::llama::{Decoder, Part, Shape, Weights};
 use crate::stored::Stored;
-use crate::tokenizer::{Splitting, Vocabulary, byte_alphabet};
+use crate::tokenizer::{self, Splitting, Vocabulary, byte_alphabet};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use std::collections::BTreeMap;
@@ -34,11 +34,11 @@ const TEMPLATE: &str = "{% for message in messages %}\
 pub fn write(dir: &Path, precision: Precision) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("{} can't be created", dir.display()))?;
     let bar = ProgressBar::hidden();
-    bundle::write(dir, &whole(), precision, &Seeded, &bar)
+    bundle::write(dir, &whole()?, precision, &Seeded, &bar)
 }
 
 /// All of it but its weights, which are [`Seeded`].
-pub(crate) fn whole() -> Description {
+pub(crate) fn whole() -> Result<Description> {
     description(NAME, &shape(), "seeded random weights, for tests")
 }
 
@@ -59,16 +59,18 @@ pub fn shape() -> Shape {
 }
 
 /// Of a model with random weights: names nobody and chats in a simple template.
-pub(crate) fn description(name: &str, shape: &Shape, source: &str) -> Description {
-    Description {
+pub(crate) fn description(name: &str, shape: &Shape, source: &str) -> Result<Description> {
+    Ok(Description {
         name: name.to_owned(),
         version: VERSION.to_owned(),
-        shape: shape.clone(),
-        vocabulary: vocabulary(shape.vocab),
-        chat_template: TEMPLATE.to_owned(),
+        decoder: Decoder::llama(shape.clone()),
+        tokenizer: tokenizer::build(&vocabulary(shape.vocab))?,
+        chat_template: Some(TEMPLATE.to_owned()),
         stop_tokens: vec!["<|im_end|>".to_owned()],
+        licence: Licence::apache(),
         source: source.to_owned(),
-    }
+        others: vec![],
+    })
 }
 
 /// The special tokens, every byte, as many merges as this size has room for and the text has words for, and
@@ -106,6 +108,7 @@ fn vocabulary(size: usize) -> Vocabulary {
         tokens,
         merges,
         special: vec![0, 1, 2],
+        defined: vec![],
         splitting: Splitting::Gpt2Digits,
     }
 }
@@ -130,14 +133,15 @@ fn join(word: &mut Vec<String>, left: &str, right: &str) {
     }
 }
 
-/// Weights drawn one by one from the part's own seed.
-pub(crate) struct Seeded;
+/// Its weights, drawn one by one from the part's own seed.
+#[derive(Debug)]
+pub struct Seeded;
 
 impl Weights for Seeded {
     fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
-        let shape = shape();
-        let [_, columns] = shape.of(part);
-        let (seed, (mean, deviation)) = (seed(&shape, part)?, spread(part, columns));
+        let decoder = Decoder::llama(shape());
+        let [_, columns] = decoder.shape.of(part);
+        let (seed, (mean, deviation)) = (seed(&decoder, part)?, spread(part, columns));
         let draw = |i| mean + deviation * normal((seed << 32 | i) as u64);
         let range = rows.start * columns..rows.end * columns;
         Ok(Stored::Plain(range.map(draw).collect()))
@@ -145,8 +149,8 @@ impl Weights for Seeded {
 }
 
 /// A number for each part.
-pub(crate) fn seed(shape: &Shape, part: Part) -> Result<usize> {
-    let at = shape.parts().iter().position(|p| *p == part);
+pub(crate) fn seed(decoder: &Decoder, part: Part) -> Result<usize> {
+    let at = decoder.parts().iter().position(|p| *p == part);
     at.context("not a part of the model")
 }
 

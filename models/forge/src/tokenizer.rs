@@ -3,7 +3,6 @@
 
 use anyhow::{Result, anyhow, ensure};
 use serde_json::{Map, Value, json};
-use tokenizers::Tokenizer;
 
 /// A vocabulary as published.
 #[derive(Debug, Clone)]
@@ -14,6 +13,8 @@ pub struct Vocabulary {
     pub merges: Vec<String>,
     /// Ids of tokens that are markers, not text: they are found in a prompt before any splitting.
     pub special: Vec<u32>,
+    /// Ids of tokens that are found before any splitting too, but stay text: `<tool_call>`.
+    pub defined: Vec<u32>,
     pub splitting: Splitting,
 }
 
@@ -24,14 +25,21 @@ pub enum Splitting {
     Gpt2,
     /// GPT-2's pattern, and every digit by itself.
     Gpt2Digits,
+    /// [`QWEN2`], after composing what can be composed (NFC).
+    Qwen2,
 }
 
-/// The text of a `tokenizer.json`, checked by loading it.
+/// The pattern that Qwen2's `tokenizer.json` splits by: a contraction, letters with one character in front, one digit,
+/// punctuation with the line ends behind it, line ends, blanks.
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The text of a `tokenizer.json`. Whether it loads is for the bundle's writer to see.
 pub fn build(vocabulary: &Vocabulary) -> Result<String> {
     let Vocabulary {
         tokens,
         merges,
         special,
+        defined,
         splitting,
     } = vocabulary;
     let mut vocab = Map::new();
@@ -50,32 +58,51 @@ pub fn build(vocabulary: &Vocabulary) -> Result<String> {
             "the merge {merge:?} is not a pair of tokens that join to a token"
         );
     }
-    let added = special.iter().map(|&id| {
+    let mut added: Vec<(u32, bool)> = special.iter().map(|&id| (id, true)).collect();
+    added.extend(defined.iter().map(|&id| (id, false)));
+    added.sort_unstable();
+    let added = added.into_iter().map(|(id, special)| {
         let content = tokens.get(id as usize);
         let content =
-            content.ok_or_else(|| anyhow!("the special token {id} is beyond the vocabulary"))?;
+            content.ok_or_else(|| anyhow!("the added token {id} is beyond the vocabulary"))?;
         Ok(json!({
-            "id": id, "content": content, "special": true, "normalized": false,
+            "id": id, "content": content, "special": special, "normalized": false,
             "single_word": false, "lstrip": false, "rstrip": false,
         }))
     });
-    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let splitter = match splitting {
-        Splitting::Gpt2 => bytes.clone(),
-        Splitting::Gpt2Digits => json!({
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": true}, bytes],
-        }),
+    let bytes = |split: bool| {
+        json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split,
+        })
     };
-    let text = json!({
+    let sequence =
+        |first: Value, then: Value| json!({"type": "Sequence", "pretokenizers": [first, then]});
+    let splitter = match splitting {
+        Splitting::Gpt2 => bytes(true),
+        Splitting::Gpt2Digits => sequence(
+            json!({"type": "Digits", "individual_digits": true}),
+            bytes(true),
+        ),
+        Splitting::Qwen2 => sequence(
+            json!({
+                "type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false,
+            }),
+            bytes(false),
+        ),
+    };
+    let normaliser = match splitting {
+        Splitting::Gpt2 | Splitting::Gpt2Digits => Value::Null,
+        Splitting::Qwen2 => json!({"type": "NFC"}),
+    };
+    Ok(json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": added.collect::<Result<Vec<Value>>>()?,
-        "normalizer": null,
+        "normalizer": normaliser,
         "pre_tokenizer": splitter,
         "post_processor": null,
-        "decoder": bytes,
+        "decoder": bytes(true),
         "model": {
             "type": "BPE",
             "dropout": null,
@@ -89,10 +116,7 @@ pub fn build(vocabulary: &Vocabulary) -> Result<String> {
             "merges": merges,
         },
     })
-    .to_string();
-    text.parse::<Tokenizer>()
-        .map_err(|e| anyhow!("the tokenizer built from the vocabulary doesn't load: {e}"))?;
-    Ok(text)
+    .to_string())
 }
 
 /// GPT-2's alphabet: a printable character for each of the 256 bytes.
@@ -121,8 +145,59 @@ mod tests {
                 .collect(),
             merges: merges.iter().map(|m| (*m).to_owned()).collect(),
             special: vec![],
+            defined: vec![],
             splitting: Splitting::Gpt2Digits,
         }
+    }
+
+    fn pieces(vocabulary: &Vocabulary, text: &str) -> Vec<String> {
+        let tokenizer: tokenizers::Tokenizer = build(vocabulary).unwrap().parse().unwrap();
+        let pre = tokenizer.get_pre_tokenizer().unwrap();
+        let normal = tokenizer.get_normalizer().map_or(text.to_owned(), |n| {
+            let mut text = tokenizers::NormalizedString::from(text);
+            tokenizers::Normalizer::normalize(n, &mut text).unwrap();
+            text.get().to_owned()
+        });
+        let mut cut = tokenizers::PreTokenizedString::from(normal.as_str());
+        tokenizers::PreTokenizer::pre_tokenize(pre, &mut cut).unwrap();
+        let pieces = cut.get_splits(
+            tokenizers::OffsetReferential::Original,
+            tokenizers::OffsetType::Byte,
+        );
+        pieces
+            .into_iter()
+            .map(|(_, (from, to), _)| normal[from..to].to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn qwen2_cuts_words_digits_and_blanks_as_published() {
+        let vocabulary = Vocabulary {
+            splitting: Splitting::Qwen2,
+            ..bytes_and(&[], &[])
+        };
+        let check = |text: &str, expected: &[&str]| {
+            assert_eq!(pieces(&vocabulary, text), expected, "{text:?}");
+        };
+        check(
+            "It'S 1234 bar",
+            &["It", "'S", " ", "1", "2", "3", "4", " bar"],
+        );
+        check("a  b\n\n  c", &["a", " ", " b", "\n\n", " ", " c"]);
+        check("(x) != y;\n}", &["(x", ")", " !=", " y", ";\n", "}"]);
+        // Composed before it is cut.
+        check("u\u{308}ber", &["\u{fc}ber"]);
+    }
+
+    #[test]
+    fn a_defined_token_is_found_whole_and_stays_text() {
+        let mut vocabulary = bytes_and(&["<tool_call>", "<|end|>"], &[]);
+        (vocabulary.defined, vocabulary.special) = (vec![256], vec![257]);
+        let tokenizer: tokenizers::Tokenizer = build(&vocabulary).unwrap().parse().unwrap();
+        let ids = tokenizer.encode("a<tool_call><|end|>", false).unwrap();
+        assert_eq!(ids.get_ids()[1..], [256, 257]);
+        let text = tokenizer.decode(ids.get_ids(), true).unwrap();
+        assert_eq!(text, "a<tool_call>");
     }
 
     #[test]

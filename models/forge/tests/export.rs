@@ -420,11 +420,11 @@ fn half_precision_is_in_weights_and_where_the_form_says_in_cache_and_logits() {
 
 #[test]
 fn the_bar_reaches_its_end() {
-    use millwright_forge::bundle::Description;
+    use millwright_forge::bundle::{Description, Licence};
     use millwright_forge::export::{work, write};
-    use millwright_forge::llama::{Part, Shape, Weights};
+    use millwright_forge::llama::{Decoder, Part, Shape, Weights};
     use millwright_forge::stored::Stored;
-    use millwright_forge::tokenizer::{Splitting, Vocabulary};
+    use millwright_forge::tokenizer::{self, Splitting, Vocabulary};
 
     struct Ones<'a>(&'a Shape);
     impl Weights for Ones<'_> {
@@ -432,35 +432,29 @@ fn the_bar_reaches_its_end() {
             Ok(Stored::Plain(vec![1.0; rows.len() * self.0.of(part)[1]]))
         }
     }
-    let shape = millwright_forge::tiny::shape();
+    let vocabulary = Vocabulary {
+        tokens: tokenizer::byte_alphabet().map(String::from).into(),
+        merges: vec![],
+        special: vec![],
+        defined: vec![],
+        splitting: Splitting::Gpt2,
+    };
     let description = Description {
         name: "ones".to_owned(),
         version: "1".to_owned(),
-        shape: shape.clone(),
-        vocabulary: Vocabulary {
-            tokens: millwright_forge::tokenizer::byte_alphabet()
-                .map(String::from)
-                .into(),
-            merges: vec![],
-            special: vec![],
-            splitting: Splitting::Gpt2,
-        },
-        chat_template: String::new(),
+        decoder: Decoder::llama(millwright_forge::tiny::shape()),
+        tokenizer: tokenizer::build(&vocabulary).unwrap(),
+        chat_template: None,
         stop_tokens: vec!["a".to_owned()],
+        licence: Licence::apache(),
         source: String::new(),
+        others: vec![],
     };
+    let ones = Ones(&description.decoder.shape);
     for form in PRESETS {
         let folder = TempDir::new().unwrap();
         let bar = ProgressBar::hidden();
-        write(
-            folder.path(),
-            form,
-            &description,
-            &Ones(&shape),
-            false,
-            &bar,
-        )
-        .unwrap();
+        write(folder.path(), form, &description, &ones, false, &bar).unwrap();
         assert_eq!(bar.position(), work(form, &description), "{}", form.name);
     }
 }

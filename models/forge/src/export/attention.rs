@@ -4,8 +4,9 @@ use super::decoder::Decoder;
 use super::form::{Attention, Vintage};
 use super::mask::Lengths;
 use super::tape::Dim;
-use crate::llama::{Part, rotary_tables};
+use crate::llama::Part;
 use crate::onnx::{float, int};
+use crate::rotary;
 use anyhow::Result;
 use tract_onnx::pb::tensor_proto::DataType;
 
@@ -292,9 +293,9 @@ impl Decoder<'_> {
 
     /// The tables that whole operators read, `[context, head_dim / 2]`.
     fn caches(&mut self) -> Result<()> {
-        let shape = self.model.shape;
+        let (shape, scaling) = (self.shape(), &self.model.decoder.scaling);
         let size = [shape.context, shape.head_dim / 2];
-        let (cos, sin) = rotary_tables(shape);
+        let (cos, sin) = rotary::tables(shape, scaling);
         self.tape.numbers(CACHES[0], &size, &cos)?;
         self.tape.numbers(CACHES[1], &size, &sin)
     }

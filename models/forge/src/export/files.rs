@@ -3,10 +3,11 @@
 use super::form::{Architecture, Float, Form, Interface, WINDOW};
 use crate::bundle::Description;
 use crate::cache::write_synced;
-use crate::tokenizer;
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
+use tokenizers::Tokenizer;
 
 /// The opset from which on templates have a file of their own: exporters of that age write one.
 const TEMPLATE_FILE_SINCE: i64 = 17;
@@ -15,7 +16,10 @@ const TEMPLATE_FILE_SINCE: i64 = 17;
 pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bool) -> Result<()> {
     let put = |name: &str, text: &str| write_synced(&dir.join(name), text.as_bytes());
     let put_json = |name: &str, value: &Value| put(name, &format!("{value:#}\n"));
-    let stops = stop_ids(description)?;
+    let tokenizer = description.checked_tokenizer()?;
+    let stops = description.stop_tokens.iter();
+    let stops: Vec<u32> = stops.filter_map(|t| tokenizer.token_to_id(t)).collect();
+    ensure!(!stops.is_empty(), "the model has no stop token");
     put_json("config.json", &config(form, description, bias, &stops))?;
     put_json(
         "generation_config.json",
@@ -26,15 +30,14 @@ pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bo
             "pad_token_id": stops[0],
         }),
     )?;
-    put(
-        "tokenizer.json",
-        &tokenizer::build(&description.vocabulary)?,
-    )?;
-    let mut tokenizer = tokenizer_config(description);
-    if form.opset < TEMPLATE_FILE_SINCE {
-        tokenizer["chat_template"] = json!(description.chat_template);
-    } else {
-        put("chat_template.jinja", &description.chat_template)?;
+    put("tokenizer.json", &description.tokenizer)?;
+    let mut tokenizer = tokenizer_config(description, &tokenizer);
+    if let Some(template) = &description.chat_template {
+        if form.opset < TEMPLATE_FILE_SINCE {
+            tokenizer["chat_template"] = json!(template);
+        } else {
+            put("chat_template.jinja", template)?;
+        }
     }
     put_json("tokenizer_config.json", &tokenizer)?;
     if form.interface == Interface::Generative {
@@ -44,24 +47,6 @@ pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bo
         )?;
     }
     Ok(())
-}
-
-fn stop_ids(description: &Description) -> Result<Vec<usize>> {
-    let id = |token: &String| {
-        let found = description
-            .vocabulary
-            .tokens
-            .iter()
-            .position(|t| t == token);
-        found.with_context(|| format!("the stop token {token:?} is not in the vocabulary"))
-    };
-    let ids: Vec<usize> = description
-        .stop_tokens
-        .iter()
-        .map(id)
-        .collect::<Result<_>>()?;
-    anyhow::ensure!(!ids.is_empty(), "the model has no stop token");
-    Ok(ids)
 }
 
 /// What the architecture is called: the family, and the class.
@@ -75,8 +60,8 @@ fn family(form: &Form, bias: bool) -> (&'static str, &'static str) {
     }
 }
 
-fn config(form: &Form, description: &Description, bias: bool, stops: &[usize]) -> Value {
-    let shape = &description.shape;
+fn config(form: &Form, description: &Description, bias: bool, stops: &[u32]) -> Value {
+    let shape = &description.decoder.shape;
     let (family, class) = family(form, bias);
     let mut config = json!({
         "architectures": [class],
@@ -123,30 +108,22 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn tokenizer_config(description: &Description) -> Value {
-    let vocabulary = &description.vocabulary;
-    let added = vocabulary.special.iter().filter_map(|&id| {
-        let content = vocabulary.tokens.get(id as usize)?;
-        let token = json!({
-            "content": content, "lstrip": false, "normalized": false, "rstrip": false,
-            "single_word": false, "special": true,
-        });
-        Some((id.to_string(), token))
-    });
+fn tokenizer_config(description: &Description, tokenizer: &Tokenizer) -> Value {
+    let added: BTreeMap<_, _> = tokenizer.get_added_tokens_decoder().into_iter().collect();
     json!({
         "add_prefix_space": false,
-        "added_tokens_decoder": added.collect::<serde_json::Map<_, _>>(),
+        "added_tokens_decoder": added,
         "bos_token": description.stop_tokens[0],
         "clean_up_tokenization_spaces": false,
         "eos_token": description.stop_tokens[0],
-        "model_max_length": description.shape.context,
+        "model_max_length": description.decoder.shape.context,
         "tokenizer_class": "GPT2Tokenizer",
         "unk_token": null,
     })
 }
 
-fn generative(form: &Form, description: &Description, bias: bool, stops: &[usize]) -> Value {
-    let shape = &description.shape;
+fn generative(form: &Form, description: &Description, bias: bool, stops: &[u32]) -> Value {
+    let shape = &description.decoder.shape;
     let (family, _) = family(form, bias);
     let mut inputs = json!({
         "input_ids": "input_ids",

@@ -44,32 +44,33 @@ pub fn write(
     bias: bool,
     bar: &ProgressBar,
 ) -> Result<()> {
-    let shape = &description.shape;
-    shape.check()?;
-    let layout = layout(dir, form);
-    let folder = layout.graph.parent().unwrap_or(dir);
-    fs::create_dir_all(folder).with_context(|| format!("{} can't be created", folder.display()))?;
-    files::write(dir, form, description, bias)?;
     let model = Model {
-        shape,
+        decoder: &description.decoder,
+        shape: &description.decoder.shape,
         weights,
         bias,
         bar,
     };
+    model.decoder.check()?;
+    let layout = layout(dir, form);
+    let folder = layout.graph.parent().unwrap_or(dir);
+    fs::create_dir_all(folder).with_context(|| format!("{} can't be created", folder.display()))?;
+    files::write(dir, form, description, bias)?;
     let onnx = Writer::with(layout, "main_graph")?;
     decoder::write(onnx, form, &model)
 }
 
-/// The weights that [`write`] loads: a head of its own is read a second time, and Phi has fewer parts.
+/// The weights that [`write`] loads: a head that copies the embedding reads it a second time, and Phi has fewer parts.
 pub fn work(form: &Form, description: &Description) -> u64 {
-    let shape = &description.shape;
+    let decoder = &description.decoder;
     let unread = |part: &Part| {
         let phi = form.architecture == Architecture::Phi;
         phi && matches!(part, Part::Gate(_) | Part::MlpNorm(_))
     };
-    let again = (form.head != Head::Tied).then_some(Part::Embed);
-    let parts = shape.parts().into_iter().filter(|part| !unread(part));
-    parts.chain(again).map(|part| shape.count(part)).sum()
+    let copied = decoder.tied && form.head != Head::Tied;
+    let parts = decoder.parts().into_iter().filter(|part| !unread(part));
+    let parts = parts.chain(copied.then_some(Part::Embed));
+    parts.map(|part| decoder.shape.count(part)).sum()
 }
 
 /// The graph's file in a folder that [`write`] has filled.

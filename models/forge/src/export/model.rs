@@ -2,7 +2,7 @@
 //! has. Writes nothing.
 
 use super::form::Architecture;
-use crate::llama::{Part, Shape, Weights};
+use crate::llama::{Decoder, Part, Shape, Weights};
 use crate::tiny::{hash, normal};
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
@@ -14,9 +14,11 @@ const BIAS: f32 = 0.3;
 
 /// A model that is to be written in some form.
 pub(super) struct Model<'a> {
+    pub(super) decoder: &'a Decoder,
+    /// The decoder's.
     pub(super) shape: &'a Shape,
     pub(super) weights: &'a dyn Weights,
-    /// Adds seeded biases to q, k and v.
+    /// Adds seeded biases to q, k and v, unless they have their own.
     pub(super) bias: bool,
     /// Advances by one for each weight loaded.
     pub(super) bar: &'a ProgressBar,

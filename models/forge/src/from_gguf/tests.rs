@@ -48,11 +48,94 @@ fn a_model_that_would_come_out_wrong_is_refused() {
         &header(4, &[("blk.0.attn_q.bias", &[64], 0, &[0; 256])]),
         "blk.0.attn_q.bias",
     );
-    let bytes = header(4, &[]);
+    says(
+        &header(4, &[]),
+        "the file has no tensor \"token_embd.weight\"",
+    );
+}
+
+/// A qwen2 of one layer: plain numbers that count up, a head of its own, biases, every type of token.
+fn qwen2() -> Vec<u8> {
+    let size = |key: &str, n: u32| entry(&format!("qwen2.{key}"), 4, &n.to_le_bytes());
+    let float = |key: &str, x: f32| entry(&format!("qwen2.{key}"), 6, &x.to_le_bytes());
+    let mut types = [&5u32.to_le_bytes()[..], &5u64.to_le_bytes()].concat();
+    for kind in [1i32, 5, 4, 3, 3] {
+        types.extend(kind.to_le_bytes());
+    }
+    let tokens = ["a", "[PAD]", "<tool_call>", "<|im_end|>", "<|endoftext|>"];
+    let entries = [
+        entry("general.architecture", 8, &text("qwen2")),
+        size("embedding_length", 64),
+        size("attention.head_count", 4),
+        size("attention.head_count_kv", 2),
+        size("block_count", 1),
+        size("feed_forward_length", 96),
+        size("context_length", 32),
+        float("rope.freq_base", 1e6),
+        float("attention.layer_norm_rms_epsilon", 1e-6),
+        entry("tokenizer.ggml.model", 8, &text("gpt2")),
+        entry("tokenizer.ggml.pre", 8, &text("qwen2")),
+        texts("tokenizer.ggml.tokens", &tokens),
+        entry("tokenizer.ggml.token_type", 9, &types),
+        texts("tokenizer.ggml.merges", &[]),
+        entry("tokenizer.ggml.eos_token_id", 4, &3u32.to_le_bytes()),
+    ];
+    let count = |n: u64| -> Vec<u8> { (0..n).flat_map(|i| (i as f32).to_le_bytes()).collect() };
+    let shapes: [(&str, &[u64]); 15] = [
+        ("token_embd.weight", &[64, 5]),
+        ("output_norm.weight", &[64]),
+        ("output.weight", &[64, 5]),
+        ("blk.0.attn_norm.weight", &[64]),
+        ("blk.0.attn_q.weight", &[64, 64]),
+        ("blk.0.attn_q.bias", &[64]),
+        ("blk.0.attn_k.weight", &[64, 32]),
+        ("blk.0.attn_k.bias", &[32]),
+        ("blk.0.attn_v.weight", &[64, 32]),
+        ("blk.0.attn_v.bias", &[32]),
+        ("blk.0.attn_output.weight", &[64, 64]),
+        ("blk.0.ffn_norm.weight", &[64]),
+        ("blk.0.ffn_gate.weight", &[64, 96]),
+        ("blk.0.ffn_up.weight", &[64, 96]),
+        ("blk.0.ffn_down.weight", &[96, 64]),
+    ];
+    let data = shapes.map(|(name, shape)| (name, shape, count(shape.iter().product())));
+    let tensors: Vec<(&str, &[u64], u32, &[u8])> = data
+        .iter()
+        .map(|(name, shape, bytes)| (*name, *shape, 0, bytes.as_slice()))
+        .collect();
+    file(&entries, &tensors)
+}
+
+#[test]
+fn a_qwen2_has_biases_a_head_and_its_rows_in_order() {
+    let bytes = qwen2();
     let gguf = Gguf::parse(&bytes).unwrap();
     let source = Source::open(&gguf).unwrap();
-    let error = source.load(Part::Query(0), 0..1).unwrap_err().to_string();
-    assert_eq!(error, "the file has no tensor \"blk.0.attn_q.weight\"");
+    let decoder = source.decoder();
+    assert_eq!(
+        (decoder.architecture, decoder.biases, decoder.tied),
+        (Architecture::Qwen2, Biases::Inputs, false)
+    );
+    assert_eq!((decoder.shape.head_dim, decoder.shape.vocab), (16, 5));
+    let first = |part, row| source.load(part, row..row + 1).unwrap().into_values()[0];
+    assert_eq!(first(Part::Query(0), 1).to_bits(), 64f32.to_bits());
+    let bias = source.load(Part::KeyBias(0), 0..1).unwrap().into_values();
+    assert_eq!(bias[..3], [0.0, 1.0, 2.0]);
+}
+
+#[test]
+fn every_type_of_token_has_its_place() {
+    let bytes = qwen2();
+    let gguf = Gguf::parse(&bytes).unwrap();
+    let vocabulary = vocabulary(&gguf).unwrap();
+    assert_eq!(vocabulary.splitting, Splitting::Qwen2);
+    assert_eq!(
+        (vocabulary.special.as_slice(), vocabulary.defined.as_slice()),
+        (&[3, 4][..], &[2][..])
+    );
+    let stops = stop_tokens(&gguf, &vocabulary).unwrap();
+    assert_eq!(stops, ["<|im_end|>", "<|endoftext|>"]);
+    assert_eq!(chat_template(&gguf).unwrap(), None);
 }
 
 /// Random blocks with a Q4_1 block's layout, or a Q8_0 block's, as ggml describes them.
@@ -173,7 +256,7 @@ fn four_bit_weights_come_out_as_they_are_in_the_file() {
     graph::write(
         dir.path(),
         "m",
-        source.shape(),
+        source.decoder(),
         Precision::Q4,
         &source,
         &bar,
