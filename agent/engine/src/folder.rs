@@ -64,6 +64,14 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
     let genai: Genai = read(dir, "genai_config.json")?.unwrap_or_default();
     let tokens: TokenizerConfig = read(dir, TOKENIZER_CONFIG)?.unwrap_or_default();
     let context = config.context().or(genai.model.context_length);
+    // A window that the builder's runtime applies, not the graph: inside it attention is the graph's.
+    let window = genai
+        .model
+        .decoder
+        .sliding_window
+        .as_ref()
+        .and_then(|window| window.window_size);
+    let context = context.map(|context| window.map_or(context, |window| context.min(window)));
     let context = context.ok_or_else(|| BundleError::Folder {
         path: dir.to_owned(),
         reason: "neither config.json (max_position_embeddings) nor genai_config.json (context_length) says how long \
@@ -402,6 +410,12 @@ struct GenaiModel {
 struct GenaiDecoder {
     num_key_value_heads: Option<usize>,
     head_size: Option<usize>,
+    sliding_window: Option<GenaiWindow>,
+}
+
+#[derive(Deserialize)]
+struct GenaiWindow {
+    window_size: Option<u64>,
 }
 
 impl GenaiDecoder {
