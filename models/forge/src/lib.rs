@@ -17,6 +17,7 @@ pub mod graph;
 pub mod like;
 pub mod llama;
 pub mod onnx;
+mod own;
 pub mod pull;
 pub mod quant;
 pub mod rotary;

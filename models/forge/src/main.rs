@@ -98,10 +98,10 @@ struct Export {
     /// One of those that `--form list` shows, such as dynamic-int8
     #[arg(long)]
     form: String,
-    /// A name from `list`; tiny needs no download
-    #[arg(long, default_value = "tiny")]
+    /// A name from `list`, of which tiny needs no download, or a path: what `convert` takes
+    #[arg(long, value_name = "NAME|PATH", default_value = "tiny")]
     model: String,
-    /// Add seeded biases to q, k and v
+    /// Add seeded biases to q, k and v of a model that has none
     #[arg(long)]
     bias: bool,
     /// The model's folder, new or empty
@@ -180,11 +180,11 @@ fn run(command: &Command) -> Result<()> {
             bias,
             output,
         }) => {
-            let (form, entry) = (Form::find(form)?, catalogue.find(model)?);
+            let form = Form::find(form)?;
             let output = output.as_ref();
             let output = output.context("a form is written into a folder; name one with -o DIR")?;
             let began = Instant::now();
-            export(&cache, entry, form, *bias, output)?;
+            export(&cache, &catalogue, model, form, *bias, output)?;
             eprintln!("made in {:.1} s", began.elapsed().as_secs_f32());
             println!("{}", output.display());
         }

@@ -2,7 +2,7 @@
 //! by piece if need be, and that at the end stays beside the graph or is copied into it. Knows protobufs; never what
 //! a model looks like.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use half::f16;
 use millwright_engine::bundle::{GRAPH, WEIGHTS};
 use prost::Message;
@@ -26,6 +26,8 @@ pub const OPSET: i64 = 23;
 const CONTRIB_VERSION: i64 = 1;
 /// Values turned to bytes at a time.
 const PIECE: usize = 1 << 14;
+/// What readers of a protobuf take.
+const INLINE_MAX: u64 = i32::MAX as u64;
 /// Tensors in the data file begin at multiples of this: a cache line, and any vector load's alignment.
 const ALIGNMENT: u64 = 64;
 
@@ -315,6 +317,12 @@ impl Writer {
         data.and_then(|file| file.sync_all())
             .with_context(|| format!("{} can't be written", self.layout.data.display()))?;
         if self.layout.inline {
+            ensure!(
+                self.offset < INLINE_MAX,
+                "the weights take {} MB, and a graph with weights inside can't be read from {} MB on; choose a form with external data",
+                self.offset / 1_000_000,
+                INLINE_MAX / 1_000_000
+            );
             return inline::write(&self.layout.graph, model, &self.layout.data);
         }
         crate::cache::write_synced(&self.layout.graph, &model.encode_to_vec())

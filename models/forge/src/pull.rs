@@ -115,6 +115,15 @@ pub(crate) fn vacant(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Removes what a failure has left in `dir`, which was [`vacant`], so that all in it is ours.
+pub(crate) fn whole_or_nothing(dir: &Path, written: Result<()>) -> Result<()> {
+    if written.is_err() {
+        // What can't be removed stays; the error that matters is the one there was.
+        let _ = std::fs::remove_dir_all(dir);
+    }
+    written
+}
+
 /// Says how much room the bundle needs, if it was room that it lacked.
 pub(crate) fn explained(
     written: Result<()>,

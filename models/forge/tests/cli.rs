@@ -242,7 +242,11 @@ fn a_form_a_model_or_a_folder_that_is_missing_is_named() {
         "{said}"
     );
     let said = forge.fails(&["export", "--form", "q4", "--model", "gpt-5", "-o", "x"]);
-    assert!(said.contains("there is no model \"gpt-5\""), "{said}");
+    assert!(
+        said.contains("there is no model \"gpt-5\"")
+            && said.contains("nor is there a file or folder of that name"),
+        "{said}"
+    );
     let said = forge.fails(&["export", "--form", "q4"]);
     assert!(said.contains("name one with -o DIR"), "{said}");
 }

@@ -1,7 +1,6 @@
 //! The forms of other exporters: the same bytes every time, the operators and files that each is known by, and the
 //! goldens of just these bytes. That a form computes what it should is ONNX Runtime's to say: `tests/goldens/forms.py`.
 
-use indicatif::ProgressBar;
 use millwright_engine::bundle::sha256_of;
 use millwright_forge::cache::Cache;
 use millwright_forge::catalogue::Catalogue;
@@ -20,7 +19,7 @@ fn written(form: &Form, bias: bool) -> TempDir {
     let cache = Cache::at(folder.path().join("no-cache"));
     let catalogue = Catalogue::built_in().unwrap();
     let out = folder.path().join("out");
-    export(&cache, catalogue.find("tiny").unwrap(), form, bias, &out).unwrap();
+    export(&cache, &catalogue, "tiny", form, bias, &out).unwrap();
     folder
 }
 
@@ -415,47 +414,6 @@ fn half_precision_is_in_weights_and_where_the_form_says_in_cache_and_logits() {
             .find(|t| t.name.contains("norm"))
             .unwrap();
         assert_eq!(norm.data_type, half as i32);
-    }
-}
-
-#[test]
-fn the_bar_reaches_its_end() {
-    use millwright_forge::bundle::{Description, Licence};
-    use millwright_forge::export::{work, write};
-    use millwright_forge::llama::{Decoder, Part, Shape, Weights};
-    use millwright_forge::stored::Stored;
-    use millwright_forge::tokenizer::{self, Splitting, Vocabulary};
-
-    struct Ones<'a>(&'a Shape);
-    impl Weights for Ones<'_> {
-        fn load(&self, part: Part, rows: std::ops::Range<usize>) -> anyhow::Result<Stored> {
-            Ok(Stored::Plain(vec![1.0; rows.len() * self.0.of(part)[1]]))
-        }
-    }
-    let vocabulary = Vocabulary {
-        tokens: tokenizer::byte_alphabet().map(String::from).into(),
-        merges: vec![],
-        special: vec![],
-        defined: vec![],
-        splitting: Splitting::Gpt2,
-    };
-    let description = Description {
-        name: "ones".to_owned(),
-        version: "1".to_owned(),
-        decoder: Decoder::llama(millwright_forge::tiny::shape()),
-        tokenizer: tokenizer::build(&vocabulary).unwrap(),
-        chat_template: None,
-        stop_tokens: vec!["a".to_owned()],
-        licence: Licence::apache(),
-        source: String::new(),
-        others: vec![],
-    };
-    let ones = Ones(&description.decoder.shape);
-    for form in PRESETS {
-        let folder = TempDir::new().unwrap();
-        let bar = ProgressBar::hidden();
-        write(folder.path(), form, &description, &ones, false, &bar).unwrap();
-        assert_eq!(bar.position(), work(form, &description), "{}", form.name);
     }
 }
 

@@ -1,4 +1,5 @@
-//! The table of tokens, and the head, which is tied to it, a copy of it, or reads its very tensors.
+//! The table of tokens, and the head, which is tied to it, a copy of it, or reads its very tensors, unless the model has
+//! a head of its own: that is written as all linears are.
 
 use super::decoder::Decoder;
 use super::form::{Embedding, Head, Linears, NBits, Zeros};
@@ -13,7 +14,7 @@ use tract_onnx::pb::tensor_proto::DataType;
 const SCOPE: &str = "/model/embed_tokens";
 const HEAD: &str = "/lm_head";
 const WEIGHT: &str = "model.embed_tokens.weight";
-/// What the shared table is called: it is the head's.
+/// What the table is called that the head shares.
 const SHARED: &str = "lm_head.MatMul.weight";
 
 impl Decoder<'_> {
@@ -50,19 +51,20 @@ impl Decoder<'_> {
         } else {
             "logits"
         };
+        let tied = self.model.decoder.tied;
         let linear = Linear {
             scope: HEAD,
-            parts: &[Part::Embed],
+            parts: if tied { &[Part::Embed] } else { &[Part::Head] },
             out: Some(out),
         };
         match self.form.head {
-            Head::Own => {
-                self.linear_as(self.form.linears, x, &linear)?;
-            }
+            Head::Tied if tied => self.tied_head(x, &linear, out)?,
             Head::OwnPlain => {
                 self.linear_as(Linears::Plain, x, &linear)?;
             }
-            Head::Tied => self.tied_head(x, &linear, out)?,
+            Head::Own | Head::Tied => {
+                self.linear_as(self.form.linears, x, &linear)?;
+            }
         }
         if cast {
             let to = vec![int("to", DataType::Float as i64)];
@@ -147,13 +149,18 @@ impl Decoder<'_> {
         }
     }
 
-    /// Rows out of the head's table, of which the operator wants the blocks of a row in one axis.
+    /// Rows out of a table that a head can share, of which the operator wants the blocks of a row in one axis.
     fn shared_rows(&mut self) -> Result<String> {
         let form = self.shared_form()?;
-        self.n_bits_weight(SHARED, &[Part::Embed], form)?;
+        let table = if self.model.decoder.tied {
+            SHARED
+        } else {
+            WEIGHT
+        };
+        self.n_bits_weight(table, &[Part::Embed], form)?;
         let [rows, columns] = self.shape().of(Part::Embed);
         let bytes = columns.next_multiple_of(form.block) * form.bits / 8;
-        let [q, scale, zero] = n_bits_names(SHARED, form);
+        let [q, scale, zero] = n_bits_names(table, form);
         let shape = self.tape.ints(SCOPE, &[rows as i64, bytes as i64]);
         let q = self.tape.op(SCOPE, "Reshape", &[&q, &shape]);
         let mut inputs = vec![&*q, "input_ids", &*scale];

@@ -1,18 +1,21 @@
 //! The files beside the graph, as the model hub has them: configurations, tokenizer, chat template.
 
-use super::form::{Architecture, Float, Form, Interface, WINDOW};
+use super::form::{self, Float, Form, Interface, WINDOW};
 use crate::bundle::Description;
 use crate::cache::write_synced;
+use crate::llama::{Architecture, Biases, Decoder};
+use crate::rotary::Scaling;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tokenizers::Tokenizer;
 
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The opset from which on templates have a file of their own: exporters of that age write one.
 const TEMPLATE_FILE_SINCE: i64 = 17;
 
-/// Writes them into `dir`. `bias` says that q, k and v have biases.
+/// Writes them into `dir`. `bias` says that q, k and v get seeded biases if they have none.
 pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bool) -> Result<()> {
     let put = |name: &str, text: &str| write_synced(&dir.join(name), text.as_bytes());
     let put_json = |name: &str, value: &Value| put(name, &format!("{value:#}\n"));
@@ -31,7 +34,7 @@ pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bo
         }),
     )?;
     put("tokenizer.json", &description.tokenizer)?;
-    let mut tokenizer = tokenizer_config(description, &tokenizer);
+    let mut tokenizer = tokenizer_config(description, &tokenizer)?;
     if let Some(template) = &description.chat_template {
         if form.opset < TEMPLATE_FILE_SINCE {
             tokenizer["chat_template"] = json!(template);
@@ -39,7 +42,7 @@ pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bo
             put("chat_template.jinja", template)?;
         }
     }
-    put_json("tokenizer_config.json", &tokenizer)?;
+    put_json(TOKENIZER_CONFIG, &tokenizer)?;
     if form.interface == Interface::Generative {
         put_json(
             "genai_config.json",
@@ -50,22 +53,26 @@ pub(super) fn write(dir: &Path, form: &Form, description: &Description, bias: bo
 }
 
 /// What the architecture is called: the family, and the class.
-fn family(form: &Form, bias: bool) -> (&'static str, &'static str) {
+fn family(form: &Form, decoder: &Decoder, bias: bool) -> (&'static str, &'static str) {
+    let seeded = bias && decoder.biases == Biases::None;
     match form.architecture {
-        Architecture::Llama if bias => ("qwen2", "Qwen2ForCausalLM"),
-        Architecture::Llama => ("llama", "LlamaForCausalLM"),
-        Architecture::Gemma => ("gemma2", "Gemma2ForCausalLM"),
-        Architecture::Phi => ("phi", "PhiForCausalLM"),
-        Architecture::Mistral => ("mistral", "MistralForCausalLM"),
+        form::Architecture::Llama if seeded || decoder.architecture == Architecture::Qwen2 => {
+            ("qwen2", "Qwen2ForCausalLM")
+        }
+        form::Architecture::Llama => ("llama", "LlamaForCausalLM"),
+        form::Architecture::Gemma => ("gemma2", "Gemma2ForCausalLM"),
+        form::Architecture::Phi => ("phi", "PhiForCausalLM"),
+        form::Architecture::Mistral => ("mistral", "MistralForCausalLM"),
     }
 }
 
 fn config(form: &Form, description: &Description, bias: bool, stops: &[u32]) -> Value {
-    let shape = &description.decoder.shape;
-    let (family, class) = family(form, bias);
+    let decoder = &description.decoder;
+    let shape = &decoder.shape;
+    let (family, class) = family(form, decoder, bias);
     let mut config = json!({
         "architectures": [class],
-        "attention_bias": bias,
+        "attention_bias": bias || decoder.biases != Biases::None,
         "attention_dropout": 0.0,
         "bos_token_id": stops[0],
         "eos_token_id": stops[0],
@@ -80,27 +87,61 @@ fn config(form: &Form, description: &Description, bias: bool, stops: &[u32]) -> 
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
         "rms_norm_eps": decimal(shape.epsilon),
-        "rope_scaling": null,
+        "rope_scaling": scaling(&decoder.scaling),
         "rope_theta": decimal(shape.rope_base),
-        "tie_word_embeddings": true,
+        "tie_word_embeddings": decoder.tied,
         "torch_dtype": if form.float == Float::F32 { "float32" } else { "float16" },
         "use_cache": true,
         "vocab_size": shape.vocab,
     });
     match form.architecture {
-        Architecture::Llama => {}
-        Architecture::Gemma => {
+        form::Architecture::Llama if family == "qwen2" => qwen2(&mut config, decoder),
+        form::Architecture::Llama => {}
+        form::Architecture::Gemma => {
             config["hidden_act"] = json!("gelu_pytorch_tanh");
             config["query_pre_attn_scalar"] = json!(shape.head_dim);
         }
-        Architecture::Phi => {
+        form::Architecture::Phi => {
             config["hidden_act"] = json!("gelu");
             config["layer_norm_eps"] = json!(decimal(shape.epsilon));
             config["partial_rotary_factor"] = json!(0.5);
         }
-        Architecture::Mistral => config["sliding_window"] = json!(WINDOW),
+        form::Architecture::Mistral => config["sliding_window"] = json!(WINDOW),
     }
     config
+}
+
+/// Makes it Qwen2's, in which biases go without saying, the heads' width where it follows, and no window slides.
+fn qwen2(config: &mut Value, decoder: &Decoder) {
+    let shape = &decoder.shape;
+    if let Some(fields) = config.as_object_mut() {
+        fields.remove("attention_bias");
+        if shape.heads * shape.head_dim == shape.width {
+            fields.remove("head_dim");
+        }
+    }
+    config["max_window_layers"] = json!(shape.layers);
+    config["sliding_window"] = json!(shape.context);
+    config["use_sliding_window"] = json!(false);
+}
+
+fn scaling(scaling: &Scaling) -> Value {
+    match *scaling {
+        Scaling::None => Value::Null,
+        Scaling::Linear { factor } => json!({ "factor": factor, "rope_type": "linear" }),
+        Scaling::Llama3 {
+            factor,
+            low,
+            high,
+            original_context,
+        } => json!({
+            "factor": factor,
+            "high_freq_factor": high,
+            "low_freq_factor": low,
+            "original_max_position_embeddings": original_context as u64,
+            "rope_type": "llama3",
+        }),
+    }
 }
 
 /// The number as a person would write it, not with the digits that f64 adds.
@@ -108,9 +149,9 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn tokenizer_config(description: &Description, tokenizer: &Tokenizer) -> Value {
+fn tokenizer_config(description: &Description, tokenizer: &Tokenizer) -> Result<Value> {
     let added: BTreeMap<_, _> = tokenizer.get_added_tokens_decoder().into_iter().collect();
-    json!({
+    let mut config = json!({
         "add_prefix_space": false,
         "added_tokens_decoder": added,
         "bos_token": description.stop_tokens[0],
@@ -119,12 +160,21 @@ fn tokenizer_config(description: &Description, tokenizer: &Tokenizer) -> Value {
         "model_max_length": description.decoder.shape.context,
         "tokenizer_class": "GPT2Tokenizer",
         "unk_token": null,
-    })
+    });
+    // What its template asks for by role, where the model's own folder says so.
+    let mut others = description.others.iter();
+    if let Some((_, text)) = others.find(|(name, _)| name == TOKENIZER_CONFIG) {
+        let roles: serde_json::Map<String, Value> = serde_json::from_str(text)?;
+        for (role, token) in roles {
+            config[role] = token;
+        }
+    }
+    Ok(config)
 }
 
 fn generative(form: &Form, description: &Description, bias: bool, stops: &[u32]) -> Value {
     let shape = &description.decoder.shape;
-    let (family, _) = family(form, bias);
+    let (family, _) = family(form, &description.decoder, bias);
     let mut inputs = json!({
         "input_ids": "input_ids",
         "attention_mask": "attention_mask",

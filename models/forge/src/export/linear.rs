@@ -71,15 +71,18 @@ impl Decoder<'_> {
 
     /// The name of the bias, which is written unless it is there.
     fn bias(&mut self, linear: &Linear<'_>) -> Result<Option<String>> {
-        let bias = self.model.bias(linear.parts, self.form.architecture);
-        let Some(values) = bias else { return Ok(None) };
+        let (model, parts) = (self.model, linear.parts);
+        if !model.has_bias(parts, self.form.architecture) {
+            return Ok(None);
+        }
         let module = linear.scope.trim_start_matches('/').replace('/', ".");
         let operator = match self.tape.habit {
             Habit::Tracer => "",
             Habit::Builder => ".Add",
         };
         let name = format!("{module}{operator}.bias");
-        self.tape.weight(&name, &[values.len()], || Ok(values))?;
+        let [rows, _] = self.sizes(parts);
+        self.tape.weight(&name, &[rows], || model.bias(parts))?;
         Ok(Some(name))
     }
 

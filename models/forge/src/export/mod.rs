@@ -33,7 +33,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Writes the model that `description` and `weights` make into `dir`, which is created if need be: the same bytes
-/// every time. `bias` adds seeded biases to q, k and v. The bar advances by one for each weight loaded; see [`work`].
+/// every time. `bias` adds seeded biases to q, k and v of a model that has none. The bar advances by one for each weight loaded; see [`work`].
 ///
 /// The most that is in memory at once is twice the largest tensor in f32, and its quantised form.
 pub fn write(
@@ -100,5 +100,43 @@ fn layout(dir: &Path, form: &Form) -> Layout {
         inline: form.storage == Storage::Inline,
         opset: form.opset,
         producer: producer.map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::llama::{self, Biases, Decoder, Shape};
+    use crate::stored::Stored;
+    use crate::tiny;
+    use std::ops::Range;
+
+    struct Ones<'a>(&'a Shape);
+
+    impl Weights for Ones<'_> {
+        fn load(&self, part: Part, rows: Range<usize>) -> Result<Stored> {
+            Ok(Stored::Plain(vec![1.0; rows.len() * self.0.of(part)[1]]))
+        }
+    }
+
+    #[test]
+    fn the_bar_reaches_its_end() {
+        let qwen2 = Decoder {
+            architecture: llama::Architecture::Qwen2,
+            biases: Biases::Inputs,
+            tied: false,
+            ..Decoder::llama(tiny::shape())
+        };
+        let mut description = tiny::whole().unwrap();
+        for decoder in [description.decoder.clone(), qwen2] {
+            description.decoder = decoder;
+            let ones = Ones(&description.decoder.shape);
+            for form in PRESETS {
+                let folder = tempfile::tempdir().unwrap();
+                let bar = ProgressBar::hidden();
+                write(folder.path(), form, &description, &ones, false, &bar).unwrap();
+                assert_eq!(bar.position(), work(form, &description), "{}", form.name);
+            }
+        }
     }
 }

@@ -58,20 +58,31 @@ impl Model<'_> {
         Ok(values)
     }
 
-    /// The biases of such a stack, if it has any.
-    pub(super) fn bias(&self, parts: &[Part], architecture: Architecture) -> Option<Vec<f32>> {
-        let has = |part: &Part| match part {
-            Part::Query(_) | Part::Key(_) | Part::Value(_) => self.bias,
-            _ => false,
+    /// Whether such a stack has biases: its own, or seeded ones.
+    pub(super) fn has_bias(&self, parts: &[Part], architecture: Architecture) -> bool {
+        let seeded = |part: &Part| {
+            let inputs = matches!(part, Part::Query(_) | Part::Key(_) | Part::Value(_));
+            architecture == Architecture::Phi || inputs && self.bias
         };
-        if architecture != Architecture::Phi && !parts.iter().all(has) {
-            return None;
+        let mut parts = parts.iter();
+        parts.all(|part| self.decoder.bias(*part).is_some() || seeded(part))
+    }
+
+    /// The biases of a stack that has some.
+    pub(super) fn bias(&self, parts: &[Part]) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend(match self.decoder.bias(*part) {
+                Some(own) => self.values(own)?,
+                None => seeded(
+                    &format!("{part:?}.bias"),
+                    self.shape.of(*part)[0],
+                    0.0,
+                    BIAS,
+                ),
+            });
         }
-        let of = |part: &Part| {
-            let rows = self.shape.of(*part)[0];
-            seeded(&format!("{part:?}.bias"), rows, 0.0, BIAS)
-        };
-        Some(parts.iter().flat_map(of).collect())
+        Ok(all)
     }
 }
 
