@@ -58,7 +58,8 @@ fn written(form: &str, bias: bool) -> TempDir {
     let form = Form::find(form).unwrap();
     export(
         &cache,
-        catalogue.find("tiny").unwrap(),
+        &catalogue,
+        "tiny",
         form,
         bias,
         &folder.path().join("out"),
