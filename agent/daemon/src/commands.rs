@@ -5,6 +5,7 @@ mod ask;
 mod bench;
 mod eval;
 mod generate;
+mod inspect;
 mod model;
 
 use anyhow::{Context, Result};
@@ -27,6 +28,19 @@ pub enum Command {
     /// The text is cut into windows, each scored from an empty context. The reference runs in f32 arithmetic; take the
     /// f32 form of the same model: `cargo forge pull NAME --precision f32`.
     Eval(eval::Args),
+    /// Look at a model without running it
+    #[command(subcommand)]
+    Model(ModelCommand),
+}
+
+#[derive(Subcommand)]
+pub enum ModelCommand {
+    /// Say what a model's folder holds and how it would run on this machine
+    ///
+    /// Imports the graph as the agent would: which form its weights have, what is fused, what is left to tract and
+    /// why, how much memory it takes and how fast it should decode. Nothing is written but the memory's bandwidth, which
+    /// is measured once (a second).
+    Inspect(inspect::Args),
 }
 
 impl Command {
@@ -47,6 +61,10 @@ impl Command {
             Self::Bench(args) => {
                 log("warn");
                 bench::run(&args)
+            }
+            Self::Model(ModelCommand::Inspect(args)) => {
+                log("warn");
+                inspect::run(&args)
             }
             Self::Eval(args) => {
                 log("warn");

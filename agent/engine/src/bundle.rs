@@ -200,6 +200,11 @@ impl Bundle {
         self.dir.join(&self.graph)
     }
 
+    /// The graph's name, relative to the folder.
+    pub fn graph_name(&self) -> String {
+        self.graph.display().to_string()
+    }
+
     /// What is known of the cache, where the graph leaves it open.
     pub(crate) fn heads(&self) -> Heads {
         self.heads

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,6 +17,9 @@ use std::time::SystemTime;
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 /// A tokenizer of 250 thousand tokens takes 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
+/// Places of a file whose bytes stand for all of it, and how many bytes there.
+const SAMPLES: u64 = 32;
+const SAMPLE_BYTES: u64 = 4096;
 /// Hugging Face's file that names the tokens a template may ask for.
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Where exporters put graphs: beside the other files or one folder down.
@@ -59,6 +62,7 @@ pub(crate) struct Heads {
 /// Reads a folder; `file` names the graph where there are several.
 pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, BundleError> {
     let graph = choose(dir, file)?;
+    let files = entries(dir, &graph)?;
     let config: Config = read(dir, "config.json")?.unwrap_or_default();
     let generation: Generation = read(dir, "generation_config.json")?.unwrap_or_default();
     let genai: Genai = read(dir, "genai_config.json")?.unwrap_or_default();
@@ -83,11 +87,9 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
         &config.eos_token_id,
         &genai.model.eos_token_id,
     ];
-    let ids: Vec<u64> = ids
-        .iter()
-        .flat_map(|ids| ids.iter().flat_map(Ids::all))
-        .copied()
-        .collect();
+    // Some write −1 for none.
+    let ids = ids.iter().flat_map(|ids| ids.iter().flat_map(Ids::all));
+    let ids: Vec<u64> = ids.filter_map(|&id| u64::try_from(id).ok()).collect();
     let mut stop_tokens = stop_tokens(dir, &ids)?;
     stop_tokens.extend(
         tokens
@@ -109,7 +111,6 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
         .or(genai.model.family)
         .unwrap_or_else(|| "unknown".into());
     let stem = graph.file_stem().unwrap_or_default().to_string_lossy();
-    let files = entries(dir, &graph)?;
     let template = template(dir, tokens.chat_template)?;
     Ok(Described {
         digest: digest(dir, &files)?,
@@ -184,16 +185,15 @@ fn choose(dir: &Path, file: Option<&str>) -> Result<PathBuf, BundleError> {
     }
 }
 
-/// The files that make up the model, as far as they can be told without reading the graph.
+/// The files that make up the model: the graph, what lies beside it and could be its weights, and what is read of it.
 fn entries(dir: &Path, graph: &Path) -> Result<Vec<FileEntry>, BundleError> {
     let mut names: Vec<PathBuf> = vec![graph.to_owned(), TOKENIZER.into()];
-    let stem = graph.file_name().unwrap_or_default().to_string_lossy();
     let beside = dir.join(graph);
     let beside = beside.parent().unwrap_or(dir);
     for entry in fs::read_dir(beside).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        // External data is named after its graph, nearly always; the rest is bound by the graph's own bytes.
-        if name.to_string_lossy().starts_with(&*stem) && name != *stem {
+        let name = Path::new(&entry.file_name()).to_owned();
+        let other_graph = name.extension().is_some_and(|e| e == "onnx");
+        if !other_graph && entry.path().is_file() {
             names.push(graph.with_file_name(name));
         }
     }
@@ -209,48 +209,54 @@ fn entries(dir: &Path, graph: &Path) -> Result<Vec<FileEntry>, BundleError> {
         }
     }
     names.sort();
-    names
-        .into_iter()
-        .map(|name| {
-            let path = dir.join(&name);
-            let bytes = match path.metadata() {
-                Ok(metadata) => metadata.len(),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                    return Err(BundleError::Folder {
-                        path: dir.to_owned(),
-                        reason: format!(
-                            "{} is missing; copy it from where the model was exported",
-                            name.display()
-                        ),
-                    });
-                }
-                Err(source) => return Err(BundleError::Read { path, source }),
-            };
-            Ok(FileEntry {
+    names.dedup();
+    let entry = |name: PathBuf| {
+        let path = dir.join(&name);
+        match path.metadata() {
+            Ok(metadata) => Ok(FileEntry {
                 name: name.display().to_string(),
                 sha256: String::new(),
-                bytes,
-            })
-        })
-        .collect()
+                bytes: metadata.len(),
+            }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(BundleError::Folder {
+                path: dir.to_owned(),
+                reason: format!(
+                    "{} is missing; copy it from where the model was exported",
+                    name.display()
+                ),
+            }),
+            Err(source) => Err(BundleError::Read { path, source }),
+        }
+    };
+    names.into_iter().map(entry).collect()
 }
 
-/// Names, sizes and times of change: hashing the contents at every start would take a small board ten seconds.
+/// Names, sizes, times of change and samples: hashing the contents at every start would take a small board ten
+/// seconds, and times alone may be the same for all (images that are built to the same bytes).
 fn digest(dir: &Path, files: &[FileEntry]) -> Result<String, BundleError> {
     let mut hash = Sha256::new();
     for entry in files {
         let path = dir.join(&entry.name);
-        let changed = path.metadata().and_then(|m| m.modified());
-        let changed = changed.map_err(|source| BundleError::Read { path, source })?;
-        let changed = changed
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        hash.update(format!(
-            "{} {} {}\n",
-            entry.name,
-            entry.bytes,
-            changed.as_nanos()
-        ));
+        let sampled = File::open(&path).and_then(|mut file| {
+            let changed = file.metadata()?.modified()?;
+            let changed = changed
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default();
+            hash.update(format!(
+                "{} {} {}\n",
+                entry.name,
+                entry.bytes,
+                changed.as_nanos()
+            ));
+            for sample in 0..SAMPLES {
+                file.seek(SeekFrom::Start(entry.bytes / SAMPLES * sample))?;
+                let mut bytes = Vec::with_capacity(SAMPLE_BYTES as usize);
+                file.by_ref().take(SAMPLE_BYTES).read_to_end(&mut bytes)?;
+                hash.update(bytes);
+            }
+            Ok(())
+        });
+        sampled.map_err(|source| BundleError::Read { path, source })?;
     }
     Ok(crate::bundle::hex(&hash.finalize()))
 }
@@ -328,12 +334,12 @@ pub(crate) fn text(path: &Path, bytes_max: u64) -> Result<String, BundleError> {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Ids {
-    One(u64),
-    Several(Vec<u64>),
+    One(i64),
+    Several(Vec<i64>),
 }
 
 impl Ids {
-    fn all(&self) -> &[u64] {
+    fn all(&self) -> &[i64] {
         match self {
             Self::One(id) => std::slice::from_ref(id),
             Self::Several(ids) => ids,
@@ -348,7 +354,9 @@ struct Config {
     max_position_embeddings: Option<u64>,
     n_positions: Option<u64>,
     eos_token_id: Option<Ids>,
+    num_attention_heads: Option<usize>,
     num_key_value_heads: Option<usize>,
+    hidden_size: Option<usize>,
     head_dim: Option<usize>,
     /// Of models that read more than text.
     #[serde(rename = "text_config")]
@@ -368,8 +376,10 @@ impl Heads {
 impl Config {
     fn heads(&self) -> Heads {
         let own = Heads {
-            kv_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
+            kv_heads: self.num_key_value_heads.or(self.num_attention_heads),
+            head_dim: self
+                .head_dim
+                .or_else(|| self.hidden_size?.checked_div(self.num_attention_heads?)),
         };
         let inner = self.text.as_ref().map(|inner| inner.heads());
         own.or(inner.unwrap_or_default())

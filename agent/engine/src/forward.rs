@@ -11,6 +11,7 @@ use crate::reference::{self, Exact};
 use crate::turn::{Batch, Scratch, Turn};
 use millwright_kernels::{Kernel, Pool};
 use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto};
@@ -70,12 +71,11 @@ impl Parts {
         self.model.graph.as_ref().context("a model without a graph")
     }
 
-    /// Reads the rewritten graph through tract, with these facts for its inputs, and installs the turn.
-    fn into_state(
-        self,
-        arena: Option<Arena>,
+    /// The graph as tract plans it.
+    fn read(
+        &self,
         fact: impl Fn(&ValueInfoProto, &SymbolScope) -> Result<InferenceFact, GraphError>,
-    ) -> TractResult<(State, usize)> {
+    ) -> TractResult<TypedModel> {
         let reader = match self.numbers {
             Numbers::Packed(_) => ops::reader(),
             Numbers::Exact(_) => reference::reader(),
@@ -91,7 +91,18 @@ impl Parts {
             let fact = fact(input, &model.symbols)?;
             model.set_input_fact(index, fact)?;
         }
-        let model = model.into_optimized()?;
+        model.into_optimized()
+    }
+
+    /// Reads the rewritten graph through tract, with these facts for its inputs, and installs the turn.
+    fn into_state(
+        self,
+        arena: Option<Arena>,
+        fact: impl Fn(&ValueInfoProto, &SymbolScope) -> Result<InferenceFact, GraphError>,
+    ) -> TractResult<(State, usize)> {
+        // Of a graph from outside tract may make a panic; here that is a model that can't be run.
+        let model = catch_unwind(AssertUnwindSafe(|| self.read(fact)));
+        let model = model.unwrap_or_else(|_| bail!("tract panicked"))?;
         let vocab = vocab(&model)?;
         let plan = SimplePlan::new(model)?;
         let mut state = plan.spawn()?;
@@ -157,7 +168,10 @@ fn append_sampled(batch: &Batch, output: &Tensor, logits: &mut Vec<f32>) -> Trac
         bail!("logits of shape {:?}", output.shape())
     };
     let all = output.try_as_plain_ram()?.as_slice::<f32>()?;
-    if made == batch.sample.len() {
+    let is_cut = made == 1 && batch.sample.is_empty();
+    if is_cut {
+        // The export cut out a row that nobody samples.
+    } else if made == batch.sample.len() {
         logits.extend_from_slice(all);
     } else {
         ensure!(

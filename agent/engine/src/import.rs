@@ -4,6 +4,7 @@
 //! Linears, the embedding and norms are recognised by how they are written, attention by what it does. What isn't
 //! recognised stays for tract.
 
+mod angles;
 mod attention;
 mod branch;
 mod fuse;
@@ -19,10 +20,12 @@ mod weight;
 pub(crate) use fuse::PROJECT;
 
 use crate::folder::Heads;
-use crate::onnx::{Graph, GraphError};
+use crate::onnx::{Graph, GraphError, ints};
 use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
+use tract_onnx::pb::NodeProto;
 
 pub(crate) const EMBED: &str = "MillwrightEmbed";
 pub(crate) const LINEAR: &str = "MillwrightLinear";
@@ -67,6 +70,7 @@ pub(crate) fn import(path: &Path, heads: Heads, goal: Goal) -> Result<Imported, 
     if goal != Goal::Exact {
         fuse::fuse(&mut graph, &mut recipe);
     }
+    prune(&mut graph, &mut recipe);
     let foreign = graph
         .proto()
         .node
@@ -97,6 +101,7 @@ fn flatten(graph: &mut Graph, recipe: &mut Recipe, positions: usize) -> Result<(
         proto.input.clone(),
         proto.output.clone(),
     );
+    let notes = recipe.notes.len();
     let (weights, linears, tables) = (
         recipe.weights.len(),
         recipe.linears.clone(),
@@ -112,6 +117,35 @@ fn flatten(graph: &mut Graph, recipe: &mut Recipe, positions: usize) -> Result<(
         recipe.weights.truncate(weights);
         recipe.tables.truncate(tables);
         recipe.linears = linears;
+        recipe.notes.truncate(notes);
     }
     done
+}
+
+/// Forgets weights that no operator names any more: a linear that was cut into its q, k and v.
+fn prune(graph: &mut Graph, recipe: &mut Recipe) {
+    let ours = |node: &NodeProto| node.op_type.starts_with("Millwright");
+    let named = graph.proto().node.iter().filter(|node| ours(node));
+    let named = named.flat_map(|node| ints(node, "weights"));
+    let used: BTreeSet<usize> = named.map(|&index| index as usize).collect();
+    let places: HashMap<usize, usize> = used
+        .iter()
+        .enumerate()
+        .map(|(new, &old)| (old, new))
+        .collect();
+    for node in graph.proto_mut().node.iter_mut().filter(|node| ours(node)) {
+        let weights = node.attribute.iter_mut().filter(|a| a.name == "weights");
+        for index in weights.flat_map(|a| &mut a.ints) {
+            *index = places[&(*index as usize)] as i64;
+        }
+    }
+    let mut index = 0..;
+    recipe
+        .weights
+        .retain(|_| used.contains(&index.next().unwrap_or_default()));
+    let linears = recipe
+        .linears
+        .iter()
+        .filter_map(|old| places.get(old).copied());
+    recipe.linears = linears.collect();
 }

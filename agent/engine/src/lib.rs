@@ -14,6 +14,7 @@ mod cores;
 mod folder;
 mod forward;
 mod import;
+mod inspect;
 mod map;
 mod observer;
 mod onnx;
@@ -33,6 +34,7 @@ mod tuning;
 mod turn;
 
 pub use arena::KvPrecision;
+pub use inspect::{Inspection, Part as InspectedPart, inspect};
 pub use observer::{Observer, Part};
 pub use onnx::GraphError;
 pub use open::{Card, OpenError, Options, PlanChoice};

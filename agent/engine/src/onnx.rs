@@ -60,11 +60,6 @@ impl Graph {
         if model.graph.is_none() {
             return Err(parse("it holds no graph".into()));
         }
-        if !model.functions.is_empty() {
-            return Err(parse(
-                "it defines functions of its own; export it with them inlined".into(),
-            ));
-        }
         let mut files = Files::of(path.parent().unwrap_or(Path::new(".")));
         files.add(&name, map);
         let mut graph = Self {
@@ -274,7 +269,7 @@ impl Graph {
         let mut made: HashSet<&str> = self.initializers.keys().map(String::as_str).collect();
         made.extend(proto.input.iter().map(|input| input.name.as_str()));
         for node in &proto.node {
-            if node.op_type.starts_with("Millwright") {
+            if is_reserved(node) {
                 return Err(wrong(node, "of a type that is reserved"));
             }
             let least = match node.op_type.as_str() {
@@ -407,6 +402,15 @@ fn wrong(node: &NodeProto, what: &str) -> GraphError {
         "has a node {} ({}) {what}",
         node.name, node.op_type
     ))
+}
+
+/// Whether a node, or one inside it, claims to be ours.
+fn is_reserved(node: &NodeProto) -> bool {
+    let graphs = node
+        .attribute
+        .iter()
+        .flat_map(|a| a.g.iter().chain(&a.graphs));
+    node.op_type.starts_with("Millwright") || graphs.flat_map(|g| &g.node).any(is_reserved)
 }
 
 /// All values that a node reads: its inputs, and what its branches or bodies take from around them.

@@ -169,13 +169,7 @@ impl Model {
             None => Kernel::chosen()?,
         };
         let text = Arc::new(Text::open(&bundle)?);
-        let goal = match options.plan {
-            PlanChoice::Auto => Goal::Flat {
-                positions: bundle.manifest.context_length.min(CONTEXT_MAX),
-            },
-            PlanChoice::Plain => Goal::Plain,
-            PlanChoice::Reference => Goal::Exact,
-        };
+        let goal = goal(&bundle, options.plan);
         let plan = |e: TractError| OpenError::Plan {
             folder: folder.into(),
             reason: format!("{e:#}"),
@@ -279,5 +273,16 @@ impl Model {
             packed_bytes,
             bytes_per_token,
         })
+    }
+}
+
+/// What importing is to reach.
+pub(crate) fn goal(bundle: &Bundle, plan: PlanChoice) -> Goal {
+    match plan {
+        PlanChoice::Auto => Goal::Flat {
+            positions: bundle.manifest.context_length.min(CONTEXT_MAX),
+        },
+        PlanChoice::Plain => Goal::Plain,
+        PlanChoice::Reference => Goal::Exact,
     }
 }

@@ -59,7 +59,7 @@ pub enum PackError {
 }
 
 /// Raised whenever importing makes something else of the same file, so that it is imported anew.
-const IMPORT: u32 = 1;
+const IMPORT: u32 = 2;
 
 /// What decides what a packed file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -241,13 +241,36 @@ impl Weights {
         self.header.bytes
     }
 
-    /// Bytes of the packed weights that one token's forward pass reads: those of its linears, each once. The
-    /// embedding's single row is not counted.
     pub(crate) fn bytes_per_token(&self) -> usize {
-        let linears = self.header.outline.linears.iter();
-        let linears = linears.map(|&index| &self.header.weights[index]);
-        let weights = linears.filter_map(Entry::packed);
-        weights.map(|(shape, kind)| shape.bytes(kind)).sum()
+        self.header.bytes_per_token()
+    }
+}
+
+/// What a model would take, without writing it.
+pub(crate) struct Sizes {
+    pub(crate) packed: usize,
+    pub(crate) bytes_per_token: usize,
+    /// Of the recipe's weights.
+    pub(crate) kinds: Vec<Kind>,
+}
+
+impl Sizes {
+    /// Reads the weights' scales, which decide their kinds.
+    pub(crate) fn of(imported: &Imported) -> Result<Self, PackError> {
+        let key = Key {
+            source: String::new(),
+            layout: String::new(),
+            goal: Goal::Plain,
+            import: IMPORT,
+        };
+        let graph = imported.graph.to_model()?.encoded_len();
+        let header = Header::new(key, imported, graph)?;
+        let kinds = header.weights.iter().filter_map(Entry::packed);
+        Ok(Self {
+            packed: header.bytes,
+            bytes_per_token: header.bytes_per_token(),
+            kinds: kinds.map(|(_, kind)| kind).collect(),
+        })
     }
 }
 
@@ -345,6 +368,18 @@ impl Header {
         };
         header.place();
         Ok(header)
+    }
+
+    /// Bytes of the packed weights that one token's forward pass reads: those of its linears, each once. The
+    /// embedding's single row is not counted.
+    fn bytes_per_token(&self) -> usize {
+        let linears = self
+            .outline
+            .linears
+            .iter()
+            .map(|&index| &self.weights[index]);
+        let weights = linears.filter_map(Entry::packed);
+        weights.map(|(shape, kind)| shape.bytes(kind)).sum()
     }
 
     /// Gives everything its offset; `None` where sizes overflow.

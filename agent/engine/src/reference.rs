@@ -73,7 +73,8 @@ impl EvalOp for ExactEmbed {
         let exact = exact(ctx)?;
         let of = &exact.recipe.weights[self.weight];
         let table = Source::open(&exact.graph, of)?;
-        let ids = inputs[0].try_as_plain_ram()?.as_slice::<i64>()?;
+        let ids = inputs[0].cast_to::<i64>()?;
+        let ids = ids.try_as_plain_ram()?.as_slice::<i64>()?;
         let mut out = Vec::with_capacity(ids.len() * self.width);
         let mut row = Vec::new();
         for &id in ids {

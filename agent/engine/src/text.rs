@@ -22,7 +22,7 @@ use template::{SpecialNames, Template};
 use tokenizers::{AddedToken, ModelWrapper, Tokenizer};
 
 /// A template or configuration larger than this is refused.
-const SIDE_FILE_BYTES_MAX: u64 = 1 << 20;
+const SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// One turn of a chat.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]

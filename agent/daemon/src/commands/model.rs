@@ -74,7 +74,7 @@ impl ModelArgs {
 }
 
 /// `MILLWRIGHT_CACHE`, else the XDG cache, as the forge has it.
-fn packed_folder() -> Result<PathBuf> {
+pub(super) fn packed_folder() -> Result<PathBuf> {
     let cache = |name: &str| {
         env::var_os(name)
             .filter(|value| !value.is_empty())

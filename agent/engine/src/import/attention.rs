@@ -16,6 +16,8 @@ use tract_onnx::pb::NodeProto;
 const HEAD_MAX: usize = 256;
 /// A sliding window is taken as the longest context where that leaves this much; a shorter one runs in the plain plan.
 const WINDOW_MIN: usize = 1024;
+/// Fewer positions hold no answer, and nothing to be tried.
+const POSITIONS_MIN: usize = 16;
 /// Nodes of one attention block at most, its mask and angles included.
 const NODES_MAX: usize = 4096;
 /// Numbers stored for one attention block at most: tables of cosines and sines.
@@ -61,6 +63,9 @@ pub(super) fn attention(
         let signature = region.signature(graph);
         if let Entry::Vacant(entry) = known.entry(signature) {
             wanted = wanted.min(region.looked_up(graph));
+            if wanted < POSITIONS_MIN {
+                return Err(failed(format!("has tables of {wanted} positions")));
+            }
             let found = Probe::new(graph, &region).recognise(wanted);
             entry.insert(found.map_err(failed)?);
         }
@@ -248,6 +253,21 @@ impl Region {
             output,
             sizes,
         })
+    }
+
+    /// All values that one of the block's is made of, itself included.
+    pub(super) fn behind<'a>(&'a self, value: &'a str) -> HashSet<&'a str> {
+        let mut needed = HashSet::from([value]);
+        for node in self.nodes.iter().rev() {
+            if node
+                .output
+                .iter()
+                .any(|name| needed.contains(name.as_str()))
+            {
+                needed.extend(reads(node));
+            }
+        }
+        needed
     }
 
     /// Positions that its tables have: rows of what is looked up by position.

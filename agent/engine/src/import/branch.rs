@@ -23,8 +23,8 @@ pub(super) fn branches(graph: &mut Graph) -> Result<(), GraphError> {
             return Err(GraphError::Shape(what.into()));
         };
         inline(graph.proto_mut(), index, branch, &node.output);
-        graph.admit()?;
     }
+    graph.index();
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 
 use super::weight::{self, bias};
 use super::{EMBED, LINEAR, nbits};
-use crate::onnx::{Graph, GraphError, input, int, is_or_absent, new_node, output, with_ints};
+use crate::onnx::{Graph, GraphError, input, new_node, output, with_ints};
 use crate::recipe::{Order, Recipe, Scaling, Scope, WeightSource};
 use tract_onnx::pb::NodeProto;
 
@@ -21,7 +21,6 @@ pub(super) fn linears(graph: &mut Graph, recipe: &mut Recipe) -> Result<(), Grap
         let node = graph.node(index);
         let found = match node.op_type.as_str() {
             "MatMul" => matmul(graph, node),
-            "Gemm" => gemm(graph, node),
             "MatMulNBits" => Some(n_bits(graph, node)?),
             "MatMulInteger" => integer(graph, node),
             _ => None,
@@ -66,27 +65,6 @@ fn matmul(graph: &Graph, node: &NodeProto) -> Option<Linear> {
     let source = weight::behind(graph, input(node, 1)?, Order::ColumnMajor)?;
     activations(graph, input(node, 0)?).then_some(())?;
     linear(node, source, None)
-}
-
-/// `Gemm(x, W, bias)` of one row of x a token.
-fn gemm(graph: &Graph, node: &NodeProto) -> Option<Linear> {
-    let plain = is_or_absent(node, "alpha", 1.0)
-        && is_or_absent(node, "beta", 1.0)
-        && int(node, "transA").unwrap_or(0) == 0;
-    let order = match int(node, "transB").unwrap_or(0) {
-        0 => Order::ColumnMajor,
-        _ => Order::RowMajor,
-    };
-    let source = weight::behind(graph, input(node, 1)?, order).filter(|_| plain)?;
-    let bias = match input(node, 2) {
-        None => None,
-        Some(name) => Some(
-            graph
-                .values(name)
-                .filter(|values| values.len() == source.rows)?,
-        ),
-    };
-    linear(node, source, bias)
 }
 
 fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
@@ -165,7 +143,7 @@ fn scaled<'a>(graph: &'a Graph, node: &NodeProto) -> Option<Scaled<'a>> {
 /// quantised per tensor; ours per token and block, so that x itself is what is taken.
 fn integer(graph: &Graph, node: &NodeProto) -> Option<Linear> {
     let quantise = graph.made_by(input(node, 0)?, "DynamicQuantizeLinear")?;
-    if input(node, 2).is_some_and(|zero| output(quantise, 2) != Some(zero)) {
+    if input(node, 2) != output(quantise, 2) {
         return None;
     }
     let Scaled {

@@ -102,7 +102,7 @@ fn read(
             "in blocks of {block}; this version reads 16, 32 and further powers of two"
         ));
     }
-    if !cols.is_multiple_of(BLOCK) {
+    if cols == 0 || !cols.is_multiple_of(BLOCK) {
         return Err(format!("of {cols} inputs, which is no multiple of {BLOCK}"));
     }
     let groups = cols.div_ceil(block);
@@ -120,18 +120,20 @@ fn read(
         tensor(input(node, at[0]), "weights")?,
         tensor(input(node, at[1]), "scales")?,
     );
-    let row = groups * block * usize::from(bits) / 8;
-    expect(values, &[DataType::Uint8], rows * row)?;
-    expect(scales, &FLOATS, rows * groups)?;
+    // Sizes are below 2²⁴, so that a row's product fits 32 bits, if not a matrix's.
+    let all = |row: usize| rows.checked_mul(row).ok_or("of too many weights");
+    let row = groups * block / 8 * usize::from(bits);
+    expect(values, &[DataType::Uint8], all(row)?)?;
+    expect(scales, &FLOATS, all(groups)?)?;
     let zero_points = match zero_points {
         None => None,
         name => {
             let zeros = tensor(name, "zero points")?;
             if zeros.data_type() == DataType::Uint8 {
                 let row = (groups * usize::from(bits)).div_ceil(8);
-                expect(zeros, &[DataType::Uint8], rows * row)?;
+                expect(zeros, &[DataType::Uint8], all(row)?)?;
             } else {
-                expect(zeros, &FLOATS, rows * groups)?;
+                expect(zeros, &FLOATS, all(groups)?)?;
             }
             Some(zeros.name.clone())
         }

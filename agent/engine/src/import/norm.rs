@@ -31,8 +31,7 @@ fn split_contrib(graph: &mut Graph) {
 }
 
 fn is_last_axis(node: &NodeProto) -> bool {
-    // Activations are [batch, tokens, width].
-    matches!(int(node, "axis").unwrap_or(-1), -1 | 2) && output(node, 1).is_none()
+    int(node, "axis").unwrap_or(-1) == -1 && output(node, 1).is_none()
 }
 
 fn simplified(node: &NodeProto) -> Vec<NodeProto> {
@@ -65,8 +64,14 @@ fn with_skip(node: &NodeProto) -> Vec<NodeProto> {
     made
 }
 
+/// The attribute; the two operators differ in its default.
 fn epsilon(node: &NodeProto) -> f32 {
-    float(node, "epsilon").unwrap_or(1e-5)
+    let default = if node.op_type.starts_with("Skip") {
+        1e-12
+    } else {
+        1e-5
+    };
+    float(node, "epsilon").unwrap_or(default)
 }
 
 fn norm(x: &str, gain: &str, epsilon: f32, out: &str) -> NodeProto {
@@ -106,7 +111,7 @@ fn primitive(graph: &Graph, mean: &NodeProto) -> Option<(String, NodeProto)> {
         Some(axes) => vec![graph.scalar(axes)? as i64],
         None => crate::onnx::ints(mean, "axes").to_vec(),
     };
-    if !squared || !matches!(axes[..], [-1 | 2]) || int(mean, "keepdims").unwrap_or(1) != 1 {
+    if !squared || axes != [-1] || int(mean, "keepdims").unwrap_or(1) != 1 {
         return None;
     }
     let sum = graph

@@ -2,9 +2,11 @@
 //! its results are compared with plain attention. Rotary angles, the scale and where a mask begins to hide keys are
 //! read off the results. What agrees for several lengths, near and far, is taken for attention; all else is not.
 
+use super::angles;
 use super::attention::Region;
 use crate::onnx::Graph;
 use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tract_onnx::pb::{GraphProto, ModelProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
@@ -15,10 +17,13 @@ use tract_onnx::tract_core::internal::*;
 const TOLERANCE: f32 = 2e-4;
 /// A scale this near to 1/√(head size) is that.
 const SCALE_TOLERANCE: f32 = 1e-3;
-/// Tokens and tokens before them that are tried.
-const CASES: [(usize, usize); 3] = [(5, 0), (1, 7), (4, 3)];
+/// Tokens and tokens before them that are tried, and how much larger than one the queries are: at last so large that
+/// a limit on products would show.
+const CASES: [(usize, usize, f32); 4] = [(5, 0, 3.0), (1, 7, 3.0), (4, 3, 3.0), (4, 3, 40.0)];
+/// How much larger than one keys and values are where a limit on them would show.
+const LOUD: f32 = 1000.0;
 /// Numbers in one tensor of the long case, at most.
-const LONG_MAX: usize = 32 << 20;
+const LONG_MAX: usize = 48 << 20;
 
 /// The sizes of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,22 +82,35 @@ impl Case {
         }
     }
 
-    /// Numbers that make the softmax neither flat nor a choice.
+    /// Numbers up to one in size.
     fn random(of: Sizes, tokens: usize, past: usize, random: &mut Random) -> Self {
         let mut case = Self::new(of, tokens, past);
-        for values in [
-            &mut case.q,
-            &mut case.k,
-            &mut case.v,
-            &mut case.past_key,
-            &mut case.past_value,
-        ] {
+        for values in case.parts() {
             for value in values {
                 *value = 2.0 * random.unit() - 1.0;
             }
         }
-        case.q.iter_mut().for_each(|value| *value *= 3.0);
         case
+    }
+
+    fn parts(&mut self) -> [&mut Vec<f32>; 5] {
+        [
+            &mut self.q,
+            &mut self.k,
+            &mut self.v,
+            &mut self.past_key,
+            &mut self.past_value,
+        ]
+    }
+
+    /// The same with all numbers larger.
+    fn louder(mut self) -> Self {
+        for values in self.parts() {
+            for value in values {
+                *value *= LOUD;
+            }
+        }
+        self
     }
 }
 
@@ -102,6 +120,7 @@ impl<'a> Probe<'a> {
             graph,
             region,
             output,
+            needed: region.behind(output),
             compiled: OnceCell::new(),
         };
         Self {
@@ -124,9 +143,12 @@ impl<'a> Probe<'a> {
         let mut found =
             found.ok_or("rotates keys in a way that is not rotary embedding by halves")?;
         found.scale = self.scale(&found, random).map_err(failed)?;
-        for (tokens, past) in CASES {
-            let known = tokens + past <= positions;
-            if known && !self.agrees(&found, tokens, past, random).map_err(failed)? {
+        for (tokens, past, size) in CASES {
+            let mut case = Case::random(self.sizes(), tokens, past, random);
+            for value in &mut case.q {
+                *value *= size;
+            }
+            if !self.agrees(&found, &case).map_err(failed)? {
                 return Err("is not causal attention over all earlier tokens".into());
             }
         }
@@ -138,9 +160,22 @@ impl<'a> Probe<'a> {
         self.region.sizes
     }
 
+    /// Sizes of long cases of which keys alone are read: no queries, where they have a linear of their own.
+    fn without_queries(&self) -> Sizes {
+        let heads = if self.region.linears.len() == 1 {
+            self.sizes().heads
+        } else {
+            0
+        };
+        Sizes {
+            heads,
+            ..self.sizes()
+        }
+    }
+
     fn passes_values(&self, random: &mut Random) -> TractResult<bool> {
         let of = self.sizes();
-        let case = Case::random(of, 5, 3, random);
+        let case = Case::random(of, 5, 3, random).louder();
         let present = self.values.run(&case)?;
         Ok(close(
             &present,
@@ -153,7 +188,7 @@ impl<'a> Probe<'a> {
     fn rotation(&self, positions: usize, random: &mut Random) -> TractResult<Option<Rotation>> {
         let of = self.sizes();
         let dim = of.head_dim;
-        let case = Case::random(of, positions, 0, random);
+        let case = Case::random(self.without_queries(), positions, 0, random);
         let rotated = self.new_keys.run(&case)?;
         for dims in [dim, dim / 2, dim / 4, dim / 4 * 3, 0] {
             if !dims.is_multiple_of(2) {
@@ -165,7 +200,7 @@ impl<'a> Probe<'a> {
                 continue;
             }
             // By place alone, wherever a step begins, and earlier keys stay.
-            let later = Case::random(of, 3.min(positions - 1), 1, random);
+            let later = Case::random(of, 3, 1, random).louder();
             let wanted = found.turned(&later.k, later.past, of.kv_heads, dim);
             let wanted = cache(of, &later.past_key, &wanted, later.past);
             return Ok(close(&self.keys.run(&later)?, &wanted).then_some(found));
@@ -178,7 +213,7 @@ impl<'a> Probe<'a> {
         let (of, half) = (self.sizes(), dims / 2);
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         if half > 0 {
-            let mut ones = Case::new(of, positions, 0);
+            let mut ones = Case::new(self.without_queries(), positions, 0);
             for head in ones.k.chunks_mut(of.head_dim) {
                 head[..half].fill(1.0);
             }
@@ -203,7 +238,6 @@ impl<'a> Probe<'a> {
         let of = self.sizes();
         let dim = of.head_dim;
         let mut case = Case::random(of, 1, 1, random);
-        case.q.iter_mut().for_each(|value| *value /= 3.0);
         case.v.fill(1.0);
         case.past_value.fill(0.0);
         let shares = self.whole.run(&case)?;
@@ -229,32 +263,25 @@ impl<'a> Probe<'a> {
     }
 
     /// Whether the block's result is plain attention's.
-    fn agrees(
-        &self,
-        found: &Rotation,
-        tokens: usize,
-        past: usize,
-        random: &mut Random,
-    ) -> TractResult<bool> {
-        let case = Case::random(self.sizes(), tokens, past, random);
-        let made = self.whole.run(&case)?;
-        Ok(close(&made, &found.attend(self.sizes(), &case)))
+    fn agrees(&self, found: &Rotation, case: &Case) -> TractResult<bool> {
+        Ok(close(
+            &self.whole.run(case)?,
+            &found.attend(self.sizes(), case),
+        ))
     }
 
-    /// Up to how many tokens it agrees: all, or as many as a sliding window shows.
+    /// Up to how many tokens it agrees: all that can be tried, or as many as a sliding window shows.
     fn reach(&self, found: &Rotation, random: &mut Random) -> TractResult<usize> {
         let of = self.sizes();
-        let longest = found
-            .positions
-            .min(LONG_MAX / (of.heads * of.head_dim))
-            .max(4);
-        if found.positions < 4 || self.agrees(found, 2, longest - 2, random)? {
-            return Ok(found.positions);
+        let longest = found.positions.min(LONG_MAX / (of.heads * of.head_dim));
+        let mut agrees = |length| self.agrees(found, &Case::random(of, 2, length - 2, random));
+        if agrees(longest)? {
+            return Ok(longest);
         }
         let (mut good, mut bad) = (3, longest);
         while bad - good > 1 {
             let middle = usize::midpoint(good, bad);
-            if self.agrees(found, 2, middle - 2, random)? {
+            if agrees(middle)? {
                 good = middle;
             } else {
                 bad = middle;
@@ -350,6 +377,8 @@ struct Machine<'a> {
     graph: &'a Graph,
     region: &'a Region,
     output: &'a str,
+    /// All values that the result is made of.
+    needed: HashSet<&'a str>,
     /// The plan for any length, once it was tried; `None` where tract can't make it.
     compiled: OnceCell<Option<Arc<TypedRunnableModel>>>,
 }
@@ -381,7 +410,7 @@ impl Machine<'_> {
             graph: Some(self.proto()?),
             ..ModelProto::default()
         };
-        let onnx = tract_onnx::onnx().with_ignore_value_info(true);
+        let onnx = angles::reader();
         let mut parsed = onnx.parse(&model, None)?;
         ensure!(
             parsed.unresolved_inputs.is_empty(),
@@ -400,14 +429,19 @@ impl Machine<'_> {
         parsed.model.into_optimized()?.into_runnable()
     }
 
-    /// All inputs, in order.
+    /// The inputs that its result hangs on, in order.
     fn names(&self) -> impl Iterator<Item = &str> {
         let linears = self.region.linears.iter().map(|(name, _)| name);
-        linears.chain(&self.region.inputs).map(String::as_str)
+        let all = linears.chain(&self.region.inputs).map(String::as_str);
+        all.filter(|name| self.needed.contains(*name))
     }
 
     fn proto(&self) -> TractResult<GraphProto> {
-        let stored = self.region.stored.iter().map(|name| {
+        let is_needed = |name: &str| self.needed.contains(name);
+        let nodes = self.region.nodes.iter();
+        let nodes = nodes.filter(|node| node.output.iter().any(|name| is_needed(name)));
+        let stored = self.region.stored.iter().filter(|name| is_needed(name));
+        let stored = stored.map(|name| {
             let tensor = self
                 .graph
                 .initializer(name)
@@ -415,7 +449,7 @@ impl Machine<'_> {
             Ok(self.graph.resident(tensor)?)
         });
         Ok(GraphProto {
-            node: self.region.nodes.clone(),
+            node: nodes.cloned().collect(),
             initializer: stored.collect::<TractResult<_>>()?,
             input: self
                 .names()

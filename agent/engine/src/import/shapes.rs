@@ -68,6 +68,14 @@ fn width(graph: &Graph, value: &str) -> Option<usize> {
         match node.op_type.as_str() {
             LINEAR | EMBED => return Some(*ints(node, "widths").first()? as usize),
             op if SHAPELESS.contains(&op) => {
+                let made = node
+                    .input
+                    .iter()
+                    .filter(|name| graph.producer(name).is_some());
+                if made.count() > 1 && !matches!(op, "Add" | "Sub") {
+                    // One factor may be narrower than the other.
+                    return None;
+                }
                 let mut inputs = node.input.iter().map(String::as_str);
                 value = inputs.find(|name| graph.producer(name).is_some())?;
             }

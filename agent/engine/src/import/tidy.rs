@@ -9,12 +9,16 @@ use tract_onnx::pb::attribute_proto::AttributeType;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
+/// Numbers of a tensor that a node makes out of a stored shape, at most.
+const MADE_MAX: f32 = (1 << 26) as f32;
 /// Numbers that are added or multiplied while importing, at most.
 const FOLDED_MAX: usize = 1 << 16;
 
 pub(crate) fn tidy(graph: &mut Graph) -> Result<(), GraphError> {
     branch::branches(graph)?;
     constants(graph);
+    graph.admit()?;
+    bounded(graph)?;
     widen(graph);
     skip_idle(graph);
     fold(graph);
@@ -96,6 +100,31 @@ fn is_float(of: i32) -> bool {
         DataType::Double,
     ];
     floats.iter().any(|float| *float as i32 == of)
+}
+
+/// Refuses nodes that would make a tensor out of proportion to the file: tract computes what is constant before it
+/// looks at its size.
+fn bounded(graph: &Graph) -> Result<(), GraphError> {
+    for node in &graph.proto().node {
+        let at = match node.op_type.as_str() {
+            "ConstantOfShape" => 0,
+            "Expand" | "Tile" | "Reshape" => 1,
+            _ => continue,
+        };
+        let Some(sizes) = input(node, at).and_then(|name| graph.values(name)) else {
+            continue;
+        };
+        let made: f32 = sizes.iter().map(|size| size.abs().max(1.0)).product();
+        if made > MADE_MAX {
+            let name = &node.name;
+            let what = format!(
+                "has a node {name} ({}) that makes {made} numbers",
+                node.op_type
+            );
+            return Err(GraphError::Shape(what));
+        }
+    }
+    Ok(())
 }
 
 /// All floats are f32 from here on: casts between them do nothing, and stored ones are read as f32 whatever they are.
@@ -216,6 +245,7 @@ fn folded(graph: &Graph, node: &NodeProto) -> Option<TensorProto> {
     if !fit {
         return None;
     }
+    let is_number = a.dims.is_empty() && b.dims.is_empty();
     let [a, b] = [graph.values(&a.name)?, graph.values(&b.name)?];
     let values: Vec<f32> = match (a.as_slice(), b.as_slice()) {
         (&[a], b) => b.iter().map(|&b| operator(a, b)).collect(),
@@ -223,14 +253,79 @@ fn folded(graph: &Graph, node: &NodeProto) -> Option<TensorProto> {
         (a, b) if a.len() == b.len() => a.iter().zip(b).map(|(&a, &b)| operator(a, b)).collect(),
         _ => return None,
     };
+    let dims = if is_number {
+        vec![]
+    } else {
+        vec![values.len() as i64]
+    };
     Some(TensorProto {
         name: output(node, 0)?.to_owned(),
         data_type: DataType::Float as i32,
-        dims: vec![values.len() as i64],
+        dims,
         float_data: values,
         ..TensorProto::default()
     })
 }
+
+/// Operators whose outputs are of their first input's type.
+const KEEPS_TYPE: [&str; 56] = [
+    "Abs",
+    "Add",
+    "Attention",
+    "BiasGelu",
+    "Ceil",
+    "Clip",
+    "Concat",
+    "Cos",
+    "CumSum",
+    "Div",
+    "Erf",
+    "Exp",
+    "Expand",
+    "FastGelu",
+    "Floor",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "Gelu",
+    "GroupQueryAttention",
+    "Identity",
+    "LayerNormalization",
+    "Log",
+    "MatMul",
+    "MatMulNBits",
+    "Max",
+    "Min",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Pow",
+    "QuickGelu",
+    "RMSNormalization",
+    "Range",
+    "Reciprocal",
+    "ReduceMean",
+    "ReduceSum",
+    "Relu",
+    "Reshape",
+    "RotaryEmbedding",
+    "ScatterND",
+    "Sigmoid",
+    "SimplifiedLayerNormalization",
+    "Sin",
+    "SkipSimplifiedLayerNormalization",
+    "Slice",
+    "Softmax",
+    "Split",
+    "Sqrt",
+    "Squeeze",
+    "Sub",
+    "Tanh",
+    "Tile",
+    "Transpose",
+    "Trilu",
+    "Unsqueeze",
+];
 
 /// The types of values, as far as they follow from what makes them.
 pub(super) fn types(graph: &Graph) -> HashMap<String, i32> {
@@ -265,7 +360,8 @@ pub(super) fn types(graph: &Graph) -> HashMap<String, i32> {
             "QuantizeLinear" => of(2).or(Some(DataType::Uint8 as i32)),
             // An If, a Loop or a Scan makes what its graphs make.
             _ if node.attribute.iter().any(|a| a.g.is_some()) => None,
-            _ => of(0),
+            op if KEEPS_TYPE.contains(&op) => of(0),
+            _ => None,
         };
         let Some(made) = made else { continue };
         for (index, name) in node.output.iter().enumerate() {

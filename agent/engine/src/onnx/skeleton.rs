@@ -13,23 +13,34 @@ const SKELETON_BYTES_MAX: usize = 32 << 20;
 /// Parts (nodes, names, attributes, tensors) of a graph; each takes some hundred bytes in memory, whatever it has in
 /// the file. Thirty layers have some fifty thousand.
 const PARTS_MAX: usize = 500_000;
+/// What a graph's input or output may take: a name and a shape.
+const VALUE_BYTES_MAX: usize = 4096;
 /// Graphs inside nodes inside graphs.
 const DEPTH_MAX: usize = 8;
 
 /// Field numbers of the messages on the way to a tensor.
 mod field {
     pub(super) const MODEL_GRAPH: u32 = 7;
+    pub(super) const MODEL_TRAINING: u32 = 20;
+    pub(super) const MODEL_FUNCTIONS: u32 = 25;
     pub(super) const GRAPH_NODE: u32 = 1;
     pub(super) const GRAPH_INITIALIZER: u32 = 5;
     pub(super) const GRAPH_DOC: u32 = 10;
+    pub(super) const GRAPH_INPUT: u32 = 11;
+    pub(super) const GRAPH_OUTPUT: u32 = 12;
     pub(super) const GRAPH_VALUE_INFO: u32 = 13;
     pub(super) const GRAPH_QUANTIZATION: u32 = 14;
+    pub(super) const GRAPH_SPARSE: u32 = 15;
     pub(super) const GRAPH_METADATA: u32 = 16;
     pub(super) const NODE_ATTRIBUTE: u32 = 5;
     pub(super) const NODE_DOC: u32 = 6;
     pub(super) const NODE_METADATA: u32 = 9;
+    pub(super) const ATTRIBUTE_TENSOR: u32 = 5;
     pub(super) const ATTRIBUTE_GRAPH: u32 = 6;
+    pub(super) const ATTRIBUTE_TENSORS: u32 = 10;
     pub(super) const ATTRIBUTE_GRAPHS: u32 = 11;
+    pub(super) const ATTRIBUTE_TYPE: u32 = 14;
+    pub(super) const ATTRIBUTE_TYPES: u32 = 15;
     pub(super) const TENSOR_RAW: u32 = 9;
     pub(super) const TENSOR_EXTERNAL: u32 = 13;
     pub(super) const TENSOR_LOCATION: u32 = 14;
@@ -47,6 +58,12 @@ pub(crate) fn skeleton(file: &[u8], name: &str) -> Result<Vec<u8>, String> {
     };
     let mut out = Vec::new();
     for part in walk.fields(file)? {
+        if part.number == field::MODEL_FUNCTIONS {
+            return Err("it defines functions of its own; export it with them inlined".into());
+        }
+        if part.number == field::MODEL_TRAINING {
+            continue;
+        }
         if part.number == field::MODEL_GRAPH {
             let graph = walk.graph(part.bytes(), 0)?;
             put(&mut out, field::MODEL_GRAPH, &graph)?;
@@ -123,6 +140,7 @@ impl<'a> Walk<'a> {
                 field::GRAPH_DOC
                 | field::GRAPH_VALUE_INFO
                 | field::GRAPH_QUANTIZATION
+                | field::GRAPH_SPARSE
                 | field::GRAPH_METADATA => {}
                 field::GRAPH_INITIALIZER => {
                     let tensor = self.tensor(part.bytes())?;
@@ -131,6 +149,14 @@ impl<'a> Walk<'a> {
                 field::GRAPH_NODE => {
                     let node = self.node(part.bytes(), depth)?;
                     put(&mut out, part.number, &node)?;
+                }
+                field::GRAPH_INPUT | field::GRAPH_OUTPUT
+                    if part.bytes().len() > VALUE_BYTES_MAX =>
+                {
+                    return Err(format!(
+                        "an input or output takes {} bytes",
+                        part.bytes().len()
+                    ));
                 }
                 _ => copy(&mut out, &part)?,
             }
@@ -146,15 +172,20 @@ impl<'a> Walk<'a> {
                 field::NODE_ATTRIBUTE => {
                     let mut attribute = Vec::new();
                     for part in self.fields(part.bytes())? {
-                        if matches!(
-                            part.number,
-                            field::ATTRIBUTE_GRAPH | field::ATTRIBUTE_GRAPHS
-                        ) {
-                            let graph = self.graph(part.bytes(), depth + 1)?;
-                            put(&mut attribute, part.number, &graph)?;
-                        } else {
-                            copy(&mut attribute, &part)?;
-                        }
+                        let inner = match part.number {
+                            field::ATTRIBUTE_GRAPH | field::ATTRIBUTE_GRAPHS => {
+                                self.graph(part.bytes(), depth + 1)?
+                            }
+                            field::ATTRIBUTE_TENSOR | field::ATTRIBUTE_TENSORS => {
+                                self.tensor(part.bytes())?
+                            }
+                            field::ATTRIBUTE_TYPE | field::ATTRIBUTE_TYPES => continue,
+                            _ => {
+                                copy(&mut attribute, &part)?;
+                                continue;
+                            }
+                        };
+                        put(&mut attribute, part.number, &inner)?;
                     }
                     put(&mut out, part.number, &attribute)?;
                 }

@@ -1,0 +1,118 @@
+//! `millwright model inspect`: what a model's folder holds and how it would run on this machine.
+
+use super::model::packed_folder;
+use anyhow::Result;
+use millwright_engine::{Inspection, bandwidth, inspect};
+use std::path::PathBuf;
+
+/// Tokens of context that the estimate of memory assumes, as the agent does by default.
+const CONTEXT: usize = 8192;
+/// The share of the memory's bandwidth that decoding was found to reach.
+const SHARE: f64 = 0.8;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The model's folder: a bundle or an exporter's
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Which graph to look at where the folder has several
+    #[arg(long, value_name = "NAME")]
+    file: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let found = inspect(&args.folder, args.file.as_deref())?;
+    if args.json {
+        println!("{}", serde_json::to_string(&found)?);
+    } else {
+        print(&found);
+    }
+    Ok(())
+}
+
+fn print(found: &Inspection) {
+    let mega = |bytes: usize| bytes as f64 / 1e6;
+    let line = |what: &str, text: String| println!("{what:<14}{text}");
+    line(
+        "model",
+        format!("{} ({}), {}", found.name, found.architecture, found.graph),
+    );
+    line(
+        "parameters",
+        format!("{:.1} million", found.parameters as f64 / 1e6),
+    );
+    for part in &found.parts {
+        let count = format!(
+            "{} x {:.1} million",
+            part.matrices,
+            part.parameters as f64 / 1e6 / part.matrices as f64
+        );
+        line(
+            part.role,
+            format!("{count}: {}; packed as {}", part.stored, part.packed),
+        );
+    }
+    line("context", format!("{} tokens", found.context_length));
+    let (ours, all) = found.fused;
+    line(
+        "operators",
+        format!(
+            "{ours} of {all} fused, {} plan, {}",
+            found.plan,
+            if found.exact {
+                "the same bits on every CPU"
+            } else {
+                "not the same bits everywhere"
+            }
+        ),
+    );
+    if !found.left.is_empty() {
+        let left = found
+            .left
+            .iter()
+            .map(|(name, count)| format!("{count} {name}"));
+        line("left to tract", left.collect::<Vec<_>>().join(", "));
+    }
+    for note in &found.notes {
+        line("note", note.clone());
+    }
+    line(
+        "chat",
+        if found.chat {
+            "yes"
+        } else {
+            "no: it has no template"
+        }
+        .into(),
+    );
+    let cache = found.kv_bytes_per_token.unwrap_or(0);
+    let context = CONTEXT.min(found.context_length);
+    let all = found.packed_bytes + cache * context + found.tokenizer_bytes;
+    line(
+        "memory",
+        format!(
+            "about {:.0} MB: {:.1} packed, {:.1} for {context} tokens of context ({cache} bytes each), {:.0} for the tokenizer",
+            mega(all),
+            mega(found.packed_bytes),
+            mega(cache * context),
+            mega(found.tokenizer_bytes),
+        ),
+    );
+    let bandwidth = packed_folder()
+        .ok()
+        .and_then(|folder| bandwidth::remembered(&folder));
+    if let Some(rate) = bandwidth.filter(|_| found.bytes_per_token > 0 && found.plan == "flat") {
+        line(
+            "decode",
+            format!(
+                "about {:.0} tokens/s here: {:.1} MB a token, of memory that reads {:.1} GB/s",
+                SHARE * rate / found.bytes_per_token as f64,
+                mega(found.bytes_per_token),
+                rate / 1e9,
+            ),
+        );
+    }
+}

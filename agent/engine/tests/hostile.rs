@@ -1,0 +1,239 @@
+//! Graphs that were damaged or made to harm: an error in words, never a panic.
+
+use millwright_engine::{Engine, OpenError, Options};
+use millwright_forge::cache::Cache;
+use millwright_forge::catalogue::Catalogue;
+use millwright_forge::export::{Form, export, graph_path};
+use prost::Message;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use tempfile::TempDir;
+use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
+use tract_onnx::pb::{ModelProto, NodeProto, StringStringEntryProto, TensorProto};
+
+/// The tiny model in some form, and its graph as it was written.
+struct Export {
+    folder: TempDir,
+    graph: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Export {
+    fn new(form: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        let form = Form::find(form).unwrap();
+        let out = folder.path().join("out");
+        let cache = Cache::at(folder.path().join("no-cache"));
+        export(
+            &cache,
+            &Catalogue::built_in().unwrap(),
+            "tiny",
+            form,
+            false,
+            &out,
+        )
+        .unwrap();
+        let graph = graph_path(&out, form);
+        let bytes = fs::read(&graph).unwrap();
+        Self {
+            folder,
+            graph,
+            bytes,
+        }
+    }
+
+    /// Opens it with another graph.
+    fn open(&self, graph: &[u8]) -> Result<Engine, OpenError> {
+        fs::write(&self.graph, graph).unwrap();
+        let options = Options {
+            threads: Some(1),
+            state_dir: TempDir::new().unwrap().path().join("state"),
+            ..Options::default()
+        };
+        Engine::open(&self.folder.path().join("out"), &options)
+    }
+
+    fn edited(&self, change: impl FnOnce(&mut ModelProto)) -> Vec<u8> {
+        let mut model = ModelProto::decode(&*self.bytes).unwrap();
+        change(&mut model);
+        model.encode_to_vec()
+    }
+
+    #[track_caller]
+    fn refused(&self, change: impl FnOnce(&mut ModelProto), expected: &str) {
+        let error = self
+            .open(&self.edited(change))
+            .err()
+            .expect("it must not open");
+        let said = error.to_string();
+        assert!(said.contains(expected), "{said:?} should say {expected:?}");
+    }
+}
+
+fn nodes(model: &mut ModelProto) -> &mut Vec<NodeProto> {
+    &mut model.graph.as_mut().unwrap().node
+}
+
+fn tensors(model: &mut ModelProto) -> &mut Vec<TensorProto> {
+    &mut model.graph.as_mut().unwrap().initializer
+}
+
+#[test]
+fn damaged_bytes_never_panic() {
+    // Forms whose weights are elsewhere, so that it is the graph that is hit.
+    for form in ["f32", "genai-int4", "qdq-block", "q8-zp", "opset23-mask"] {
+        let export = Export::new(form);
+        let mut seed = 1u64;
+        let mut random = |below: usize| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) as usize % below
+        };
+        for round in 0..40 {
+            let mut bytes = export.bytes.clone();
+            let at = random(bytes.len());
+            match round % 4 {
+                0 => bytes.truncate(at),
+                1 => bytes[at] ^= 1 << random(8),
+                2 => bytes[at] = u8::MAX,
+                _ => {
+                    let end = bytes.len().min(at + 1 + random(64));
+                    bytes.drain(at..end);
+                }
+            }
+            let opened = catch_unwind(AssertUnwindSafe(|| export.open(&bytes).map(drop)));
+            assert!(opened.is_ok(), "{form}, round {round}, at {at}");
+        }
+    }
+}
+
+#[test]
+fn nodes_that_read_each_other_are_named() {
+    let export = Export::new("q4");
+    export.refused(
+        |model| {
+            let node = |name: &str, input: &str, output: &str| NodeProto {
+                op_type: "Neg".into(),
+                name: name.into(),
+                input: vec![input.into()],
+                output: vec![output.into()],
+                ..NodeProto::default()
+            };
+            nodes(model).extend([node("one", "b", "a"), node("two", "a", "b")]);
+        },
+        "in a circle",
+    );
+}
+
+#[test]
+fn what_nothing_makes_is_named() {
+    let export = Export::new("q4");
+    export.refused(
+        |model| {
+            let linear = nodes(model).iter_mut().find(|n| n.op_type == "MatMulNBits");
+            linear.unwrap().input[0] = "ghost".into();
+        },
+        "reads ghost, which nothing makes",
+    );
+}
+
+#[test]
+fn absurd_sizes_are_refused() {
+    let export = Export::new("f32");
+    for dims in [
+        vec![i64::MAX, i64::MAX],
+        vec![-1, 64],
+        vec![1 << 40, 1 << 40],
+        vec![0; 2],
+    ] {
+        export.refused(|model| tensors(model)[0].dims = dims, "does not fit");
+    }
+}
+
+#[test]
+fn a_type_that_models_do_not_have_is_refused() {
+    let export = Export::new("f32");
+    export.refused(
+        |model| tensors(model)[0].data_type = DataType::Complex64 as i32,
+        "not one that models",
+    );
+}
+
+#[test]
+fn a_tensor_out_of_proportion_to_the_file_is_not_made() {
+    let export = Export::new("f32");
+    for op_type in ["ConstantOfShape", "Expand"] {
+        export.refused(
+            |model| {
+                tensors(model).push(TensorProto {
+                    name: "vast".into(),
+                    data_type: DataType::Int64 as i32,
+                    dims: vec![2],
+                    int64_data: vec![1 << 20, 1 << 20],
+                    ..TensorProto::default()
+                });
+                let input = if op_type == "Expand" {
+                    vec!["vast"; 2]
+                } else {
+                    vec!["vast"]
+                };
+                nodes(model).push(NodeProto {
+                    op_type: op_type.into(),
+                    input: input.into_iter().map(str::to_owned).collect(),
+                    output: vec!["made".into()],
+                    ..NodeProto::default()
+                });
+            },
+            "numbers",
+        );
+    }
+}
+
+#[test]
+fn weights_outside_the_folder_are_refused() {
+    let export = Export::new("f32");
+    let outside = export.folder.path().join("outside");
+    fs::write(&outside, [0; 64]).unwrap();
+    std::os::unix::fs::symlink(&outside, export.graph.with_file_name("link")).unwrap();
+    for location in ["../outside", "/etc/hostname", "link", "..", ""] {
+        export.refused(
+            |model| {
+                let tensor = &mut tensors(model)[0];
+                tensor.raw_data.clear();
+                tensor.data_location = Some(DataLocation::External as i32);
+                let entry = |key: &str, value: &str| StringStringEntryProto {
+                    key: key.into(),
+                    value: value.into(),
+                };
+                tensor.external_data = vec![entry("location", location)];
+            },
+            "outside the model's folder",
+        );
+    }
+}
+
+#[test]
+fn a_range_beyond_its_file_is_refused() {
+    let export = Export::new("f32");
+    for (key, value) in [
+        ("offset", "18446744073709551615"),
+        ("length", "99999999999"),
+        ("offset", "-1"),
+    ] {
+        let tensor = |model: &mut ModelProto| {
+            let tensor = tensors(model)
+                .iter_mut()
+                .find(|t| !t.external_data.is_empty())
+                .unwrap();
+            let entry = tensor
+                .external_data
+                .iter_mut()
+                .find(|e| e.key == key)
+                .unwrap();
+            entry.value = value.into();
+        };
+        export.refused(tensor, "the graph's tensor");
+    }
+}
