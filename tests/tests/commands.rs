@@ -101,6 +101,53 @@ fn generate_answers_and_says_how() {
 }
 
 #[test]
+fn an_exporters_folder_is_looked_at_and_answers_as_it_is() {
+    let folder = TempDir::new().unwrap();
+    let export = folder.path().join("genai-int4");
+    let made = Command::new(program("millwright-forge"))
+        .args(["export", "--form", "genai-int4", "-o"])
+        .arg(&export)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let export = export.to_str().unwrap();
+    let fields = [
+        "parts",
+        "context_length",
+        "packed_bytes",
+        "kv_bytes_per_token",
+    ];
+    let found = json(&["model", "inspect", export, "--json"], &fields);
+    assert_eq!(
+        (&found["plan"], &found["exact"]),
+        (&"flat".into(), &true.into()),
+        "{found}"
+    );
+    let said = millwright(&["model", "inspect", export]);
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(
+        said.contains("4 bits in blocks of 32") && said.contains("flat plan"),
+        "{said}"
+    );
+    let answer = [
+        "generate",
+        "--model",
+        export,
+        "--prompt",
+        "the pump",
+        "--max-tokens",
+        "5",
+        "--json",
+    ];
+    json(&answer, &["text", "tokens"]);
+    fails(
+        &["model", "inspect", export, "--file", "model_q4.onnx"],
+        &["there is no graph model_q4.onnx", "model.onnx"],
+    );
+    fails(&["model", "inspect", "/nonexistent"], &["/nonexistent"]);
+}
+
+#[test]
 fn bench_and_eval_report_what_the_readme_says() {
     let model = bundle();
     let model = model.to_str().unwrap();

@@ -35,7 +35,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 fn print(found: &Inspection) {
     let mega = |bytes: usize| bytes as f64 / 1e6;
-    let line = |what: &str, text: String| println!("{what:<14}{text}");
+    let line = |what: &str, text: String| println!("{what:<20}{text}");
     line(
         "model",
         format!("{} ({}), {}", found.name, found.architecture, found.graph),
@@ -45,15 +45,14 @@ fn print(found: &Inspection) {
         format!("{:.1} million", found.parameters as f64 / 1e6),
     );
     for part in &found.parts {
-        let count = format!(
-            "{} x {:.1} million",
-            part.matrices,
-            part.parameters as f64 / 1e6 / part.matrices as f64
-        );
-        line(
-            part.role,
-            format!("{count}: {}; packed as {}", part.stored, part.packed),
-        );
+        let count = match part.matrices {
+            1 => "1 matrix".to_owned(),
+            several => format!("{several} matrices"),
+        };
+        let numbers = part.parameters as f64 / 1e6;
+        let (stored, packed) = (&part.stored, &part.packed);
+        let text = format!("{count}, {numbers:.1} million: {stored}; packed as {packed}");
+        line(part.role, text);
     }
     line("context", format!("{} tokens", found.context_length));
     let (ours, all) = found.fused;
