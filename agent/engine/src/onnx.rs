@@ -5,7 +5,8 @@ mod skeleton;
 mod tensors;
 
 pub(crate) use node::{
-    float, input, int, int_attribute, ints, is_or_absent, new_node, output, with_float, with_ints,
+    float, input, int, int_attribute, int_vector, ints, is_or_absent, new_node, output, with_float,
+    with_ints,
 };
 pub(crate) use tensors::{Numbers, dims, elements};
 

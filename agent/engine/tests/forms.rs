@@ -1,6 +1,8 @@
 //! Every form in which exporters write models, imported and held against ONNX Runtime's logits for the same weights in
 //! f32 arithmetic (`tests/goldens/forms.py` makes the goldens).
 
+mod support;
+
 use millwright_engine::{Card, Engine, Options, PlanChoice};
 use millwright_forge::cache::Cache;
 use millwright_forge::catalogue::Catalogue;
@@ -8,6 +10,7 @@ use millwright_forge::export::{Form, PRESETS, export};
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
+use support::kl;
 use tempfile::TempDir;
 
 #[derive(Deserialize)]
@@ -99,16 +102,6 @@ fn compare(engine: &mut Engine, golden: &Golden) -> (f32, f64) {
         })
         .unwrap();
     (worst, divergence / golden.positions.len() as f64)
-}
-
-fn kl(p: &[f32], q: &[f32]) -> f64 {
-    let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
-    let (np, nq) = (norm(p), norm(q));
-    let terms = p.iter().zip(q).map(|(&a, &b)| {
-        let log_p = f64::from(a) - np;
-        log_p.exp() * (log_p - (f64::from(b) - nq))
-    });
-    terms.sum()
 }
 
 /// What is not to be expected of each form: that all of it is ours in the flat plan.

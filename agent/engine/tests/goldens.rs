@@ -4,11 +4,14 @@
 //! flat plan, the f16 cache. With int8 activations the distributions are compared: KL divergence, and the same
 //! likeliest token wherever the golden's margin is wider than rounding can bridge.
 
+mod support;
+
 use millwright_engine::bundle::sha256_of;
 use millwright_engine::{Engine, Options, PlanChoice};
 use millwright_forge::{Precision, tiny};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use support::kl;
 use tempfile::TempDir;
 
 #[derive(Deserialize)]
@@ -68,16 +71,6 @@ fn compare(
         })
         .unwrap();
     (worst, divergence / tokens.len() as f64, differing)
-}
-
-fn kl(p: &[f32], q: &[f32]) -> f64 {
-    let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
-    let (np, nq) = (norm(p), norm(q));
-    let terms = p.iter().zip(q).map(|(&a, &b)| {
-        let log_p = f64::from(a) - np;
-        log_p.exp() * (log_p - (f64::from(b) - nq))
-    });
-    terms.sum()
 }
 
 fn check(precision: Precision, name: &str, kernel: &str, plan: PlanChoice, tolerance: f32) {

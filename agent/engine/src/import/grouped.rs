@@ -4,7 +4,8 @@
 
 use super::tidy::types;
 use crate::onnx::{
-    Graph, float, input, int, int_attribute, is_or_absent, new_node, output, value_info, with_float,
+    Graph, float, input, int, int_attribute, int_vector, is_or_absent, new_node, output,
+    value_info, with_float,
 };
 use std::collections::HashMap;
 use tract_onnx::pb::tensor_proto::DataType;
@@ -82,15 +83,8 @@ fn grouped(graph: &Graph, made: &mut Made, node: &NodeProto) -> Option<Vec<NodeP
         (None, None) => {
             let [q, k, v] = ["q", "k", "v"].map(|part| format!("{out}/{part}"));
             let sizes = format!("{out}/sizes");
-            made.stored.push(TensorProto {
-                name: sizes.clone(),
-                data_type: DataType::Int64 as i32,
-                dims: vec![3],
-                int64_data: [heads, kv_heads, kv_heads]
-                    .map(|heads| (heads * dim) as i64)
-                    .to_vec(),
-                ..TensorProto::default()
-            });
+            let widths = [heads, kv_heads, kv_heads].map(|heads| (heads * dim) as i64);
+            made.stored.push(int_vector(&sizes, widths.to_vec()));
             let mut split = new_node("Split", &[input(node, 0)?, &sizes], &[&q, &k, &v]);
             split.attribute.push(int_attribute("axis", -1));
             nodes.push(split);

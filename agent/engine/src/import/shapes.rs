@@ -2,9 +2,7 @@
 //! them no longer hangs on the layers before it.
 
 use super::{EMBED, LINEAR};
-use crate::onnx::{Graph, input, int, ints, new_node, output};
-use tract_onnx::pb::TensorProto;
-use tract_onnx::pb::tensor_proto::DataType;
+use crate::onnx::{Graph, input, int, int_attribute, int_vector, ints, new_node, output};
 
 /// Operators that leave the shape of their first input that is no stored tensor.
 const SHAPELESS: [&str; 14] = [
@@ -40,15 +38,9 @@ pub(super) fn shapes(graph: &mut Graph) {
         let (first, last) = (int(node, "start").unwrap_or(0), int(node, "end"));
         if first == 0 && last.is_none() {
             let (out, ids, size) = (out.to_owned(), format!("{out}/ids"), format!("{out}/width"));
-            let tensor = TensorProto {
-                name: size.clone(),
-                data_type: DataType::Int64 as i32,
-                dims: vec![1],
-                int64_data: vec![width as i64],
-                ..TensorProto::default()
-            };
+            let tensor = int_vector(&size, vec![width as i64]);
             let mut join = new_node("Concat", &[&ids, &size], &[&out]);
-            join.attribute.push(crate::onnx::int_attribute("axis", 0));
+            join.attribute.push(int_attribute("axis", 0));
             graph.proto_mut().node[index] = join;
             graph.proto_mut().initializer.push(tensor);
             made.push(new_node("Shape", &["input_ids"], &[&ids]));

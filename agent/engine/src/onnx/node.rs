@@ -1,6 +1,7 @@
 //! A node's attributes and inputs, and nodes in the making.
 
-use tract_onnx::pb::{AttributeProto, NodeProto, attribute_proto::AttributeType};
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto, attribute_proto::AttributeType};
 
 fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
     node.attribute.iter().find(|a| a.name == name)
@@ -67,6 +68,17 @@ pub(crate) fn with_float(mut node: NodeProto, name: &str, value: f32) -> NodePro
         ..AttributeProto::default()
     });
     node
+}
+
+/// A stored vector of whole numbers, to be added to a graph.
+pub(crate) fn int_vector(name: &str, values: Vec<i64>) -> TensorProto {
+    TensorProto {
+        name: name.into(),
+        data_type: DataType::Int64 as i32,
+        dims: vec![values.len() as i64],
+        int64_data: values,
+        ..TensorProto::default()
+    }
 }
 
 /// A node's input, if it has this one.
