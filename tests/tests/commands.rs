@@ -145,6 +145,19 @@ fn an_exporters_folder_is_looked_at_and_answers_as_it_is() {
         &["there is no graph model_q4.onnx", "model.onnx"],
     );
     fails(&["model", "inspect", "/nonexistent"], &["/nonexistent"]);
+
+    let bundle = folder.path().join("bundle");
+    let bundle = bundle.to_str().unwrap();
+    let import = ["model", "import", export, "-o", bundle, "--name", "press"];
+    let said = millwright(&import);
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(
+        said.contains("press 1, q4") && said.contains("nats a token") && said.contains(bundle),
+        "{said}"
+    );
+    fails(&import, &["not empty"]);
+    let found = json(&["model", "inspect", bundle, "--json"], &fields);
+    assert_eq!(found["name"], "press");
 }
 
 #[test]

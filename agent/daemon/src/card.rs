@@ -24,6 +24,7 @@ pub struct Model {
     /// What this machine reads from memory; null where it is unknown, as where other work disturbed the measurement.
     pub read_bytes_per_s: Option<u64>,
     pub plan: String,
+    /// How its import was checked, what was left to tract and why.
     pub notes: Vec<String>,
 }
 

@@ -5,6 +5,7 @@ mod ask;
 mod bench;
 mod eval;
 mod generate;
+mod import;
 mod inspect;
 mod model;
 
@@ -41,6 +42,13 @@ pub enum ModelCommand {
     /// why, how much memory it takes and how fast it should decode. Nothing is written but the memory's bandwidth, which
     /// is measured once (a second).
     Inspect(inspect::Args),
+    /// Make a bundle of an exporter's folder, for gateways
+    ///
+    /// Checks first that the model, imported and packed, computes what its file says: each linear, and the whole, against f32
+    /// arithmetic. Linears that eight bits would change too much stay in f32; a model that diverges nevertheless is
+    /// refused. What was found is in the bundle's manifest. The folder itself can be run, too: it is checked then at the
+    /// first start.
+    Import(import::Args),
 }
 
 impl Command {
@@ -66,6 +74,10 @@ impl Command {
                 log("warn");
                 inspect::run(&args)
             }
+            Self::Model(ModelCommand::Import(args)) => {
+                log("warn");
+                import::run(&args)
+            }
             Self::Eval(args) => {
                 log("warn");
                 eval::run(&args)
@@ -77,8 +89,8 @@ impl Command {
 /// Logs go to stderr; `MILLWRIGHT_LOG` says how much, as `RUST_LOG` does elsewhere. The MQTT client's own
 /// warnings repeat what we say better, and tract warns of each opset that it was not tested with.
 fn log(level: &str) {
-    let filter = EnvFilter::try_from_env("MILLWRIGHT_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(format!("{level},rumqttc=off,tract_onnx=error")));
+    let asked = std::env::var("MILLWRIGHT_LOG").unwrap_or_else(|_| level.into());
+    let filter = EnvFilter::new(format!("rumqttc=off,tract_onnx=error,{asked}"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -45,6 +45,8 @@ pub struct Model {
     pub bundle: PathBuf,
     /// The graph of this name, where an exporter's folder has several.
     pub file: Option<String>,
+    /// Whether an exporter's folder is checked against f32 arithmetic when it is first opened.
+    pub guard: Option<bool>,
     pub state_dir: PathBuf,
     pub threads: Option<usize>,
     pub kernel: Option<String>,

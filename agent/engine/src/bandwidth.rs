@@ -2,7 +2,8 @@
 
 use crate::bundle::hex;
 use crate::cores::{Calm, Cores, Stay, pool};
-use crate::tuning::{counts, read, write};
+use crate::small;
+use crate::tuning::counts;
 use millwright_kernels::Pool;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -77,8 +78,7 @@ fn settled(
         cores: cores.into(),
         read_bytes_per_second: rate,
     };
-    let bytes = serde_json::to_vec(&remembered).unwrap_or_default();
-    if let Err(error) = write(&path, &bytes) {
+    if let Err(error) = small::remember(&path, &remembered) {
         tracing::warn!(
             "{} can't be written, so the next start measures again: {error}",
             path.display()
@@ -93,11 +93,9 @@ fn file(cores: &str) -> String {
 }
 
 fn recall(path: &Path, cores: &str) -> Result<Option<f64>, String> {
-    let Some(bytes) = read(path).map_err(|e| e.to_string())? else {
+    let Some(file) = small::recall::<Remembered>(path)? else {
         return Ok(None);
     };
-    let file: Remembered =
-        serde_json::from_slice(&bytes).map_err(|e| format!("it is no such file: {e}"))?;
     if file.cores != cores || file.engine != env!("CARGO_PKG_VERSION") {
         return Err("it was measured by another engine or on another CPU".into());
     }

@@ -4,6 +4,7 @@
 use crate::folder::{self, Heads};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 const MANIFEST_BYTES_MAX: u64 = 64 * 1024;
 
 /// What a bundle says of itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// The format of this file: [`FORMAT`].
@@ -48,9 +49,97 @@ pub struct Manifest {
     /// Reserved: the signature over the other fields. Not checked yet; the files' digests are.
     #[serde(default)]
     pub signature: String,
+    /// Of a bundle that was made of an exporter's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import: Option<Import>,
     /// Every file of the bundle but the manifest.
     #[serde(rename = "file")]
     pub files: Vec<FileEntry>,
+}
+
+/// Where a bundle comes from that was made of an exporter's folder, and how it was checked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Import {
+    /// The graph's name there.
+    pub graph: String,
+    /// What it holds, and what each is packed as.
+    pub form: Vec<String>,
+    pub guard: Guard,
+}
+
+/// What the accuracy guard said of an import.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Guard {
+    /// It was not asked.
+    Skipped,
+    /// There is nothing to compare with: tract can't run the graph in f32, for this reason.
+    Unable(String),
+    Passed(Check),
+}
+
+impl fmt::Display for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Skipped => f.write_str("not checked against f32 arithmetic"),
+            Self::Unable(why) => write!(
+                f,
+                "not checked against f32 arithmetic, in which tract can't run it: {why}"
+            ),
+            Self::Passed(check) => {
+                write!(
+                    f,
+                    "{:.4} nats a token from the same weights in f32 arithmetic ({} tokens; linears by {})",
+                    check.divergence, check.tokens, check.oracle
+                )?;
+                if check.plain {
+                    f.write_str("; fused attention would diverge and stays with tract")?;
+                }
+                check.kept.iter().try_for_each(|kept| {
+                    let percent = 100.0 * kept.error;
+                    write!(
+                        f,
+                        "; {} stays in f32, eight bits change it by {percent:.0} %",
+                        kept.linear
+                    )
+                })
+            }
+        }
+    }
+}
+
+/// How near an import is to the same weights in f32 arithmetic.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    /// The mean KL divergence of a token, in nats.
+    pub divergence: f64,
+    /// Tokens it was measured with.
+    pub tokens: usize,
+    /// Whether attention has to stay with tract, ours having diverged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
+    /// Who says what linears compute: `tract`, or our `own` arithmetic where tract can't read the file's form.
+    pub oracle: String,
+    /// The linear that eight bits change most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst: Option<Kept>,
+    /// Linears that would change too much, and so stay in f32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<Kept>,
+}
+
+/// A linear, and what packing changes of its result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kept {
+    /// Its output's name in the graph.
+    pub linear: String,
+    /// Its weight's.
+    pub weight: String,
+    /// The change, as a share of the result: root of the summed squares.
+    pub error: f64,
 }
 
 /// One file of a bundle.
@@ -177,6 +266,7 @@ impl Bundle {
                 });
             }
         }
+        bundle.heads = folder::heads(dir, |name| bundle.has(name))?;
         if bundle.has(CHAT_TEMPLATE) {
             bundle.chat_template = Some(folder::text(
                 &bundle.path(CHAT_TEMPLATE),
@@ -231,6 +321,11 @@ impl Bundle {
             hash.update(format!("{} {} {}\n", entry.sha256, entry.bytes, entry.name));
         }
         hex(&hash.finalize())
+    }
+
+    /// Whether there is a manifest.
+    pub(crate) fn is_stated(&self) -> bool {
+        self.described.is_none()
     }
 
     /// Whether a file beside the graph belongs to the model: the manifest names it, or there is none.

@@ -22,6 +22,9 @@ const SAMPLES: u64 = 32;
 const SAMPLE_BYTES: u64 = 4096;
 /// Hugging Face's file that names the tokens a template may ask for.
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// Hugging Face's description of the model, and onnxruntime-genai's.
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const GENAI: &str = "genai_config.json";
 /// Where exporters put graphs: beside the other files or one folder down.
 const GRAPH_FOLDERS: [&str; 2] = ["", "onnx"];
 /// Among several graphs of one model the earlier is taken: plain ones, which are quantised here, are truer than what
@@ -63,9 +66,9 @@ pub(crate) struct Heads {
 pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, BundleError> {
     let graph = choose(dir, file)?;
     let files = entries(dir, &graph)?;
-    let config: Config = read(dir, "config.json")?.unwrap_or_default();
+    let config: Config = read(dir, CONFIG)?.unwrap_or_default();
     let generation: Generation = read(dir, "generation_config.json")?.unwrap_or_default();
-    let genai: Genai = read(dir, "genai_config.json")?.unwrap_or_default();
+    let genai: Genai = read(dir, GENAI)?.unwrap_or_default();
     let tokens: TokenizerConfig = read(dir, TOKENIZER_CONFIG)?.unwrap_or_default();
     let context = config.context().or(genai.model.context_length);
     // A window that the builder's runtime applies, not the graph: inside it attention is the graph's.
@@ -128,12 +131,24 @@ pub(crate) fn describe(dir: &Path, file: Option<&str>) -> Result<Described, Bund
             licence: "unknown".into(),
             source: graph.display().to_string(),
             signature: String::new(),
+            import: None,
             files,
         },
         graph,
         chat_template: template,
         heads,
     })
+}
+
+/// What a bundle's own configuration files say of the cache, those that it `has`.
+pub(crate) fn heads(dir: &Path, has: impl Fn(&str) -> bool) -> Result<Heads, BundleError> {
+    let config: Option<Config> = has(CONFIG)
+        .then(|| read(dir, CONFIG))
+        .transpose()?
+        .flatten();
+    let genai: Option<Genai> = has(GENAI).then(|| read(dir, GENAI)).transpose()?.flatten();
+    let config = config.unwrap_or_default().heads();
+    Ok(config.or(genai.unwrap_or_default().model.decoder.heads()))
 }
 
 /// The graph to take, relative to the folder.
@@ -200,9 +215,9 @@ fn entries(dir: &Path, graph: &Path) -> Result<Vec<FileEntry>, BundleError> {
     for name in [
         TOKENIZER_CONFIG,
         CHAT_TEMPLATE,
-        "config.json",
+        CONFIG,
         "generation_config.json",
-        "genai_config.json",
+        GENAI,
     ] {
         if dir.join(name).is_file() {
             names.push(name.into());

@@ -9,6 +9,7 @@ mod attention;
 mod branch;
 mod fuse;
 mod grouped;
+mod keep;
 mod linear;
 mod nbits;
 mod norm;
@@ -50,10 +51,29 @@ pub(crate) enum Goal {
     Exact,
 }
 
-/// Reads the graph and takes it as near to the goal as it goes. The recipe's notes say what was in the way.
+/// What importing is to make of a graph.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Target {
+    pub(crate) goal: Goal,
+    /// Weights, by their initializers, whose linears stay with tract, in f32.
+    pub(crate) kept: BTreeSet<String>,
+}
+
+impl Target {
+    /// With nothing kept.
+    pub(crate) fn new(goal: Goal) -> Self {
+        Self {
+            goal,
+            kept: BTreeSet::new(),
+        }
+    }
+}
+
+/// Reads the graph and takes it as near to the target as it goes. The recipe's notes say what was in the way.
 ///
 /// `heads` is what is known of the cache beside the graph.
-pub(crate) fn import(path: &Path, heads: Heads, goal: Goal) -> Result<Imported, GraphError> {
+pub(crate) fn import(path: &Path, heads: Heads, target: &Target) -> Result<Imported, GraphError> {
+    let goal = target.goal;
     let mut graph = Graph::open(path)?;
     tidy::state_heads(&mut graph, heads);
     let mut recipe = Recipe::default();
@@ -67,6 +87,7 @@ pub(crate) fn import(path: &Path, heads: Heads, goal: Goal) -> Result<Imported, 
         Goal::Plain | Goal::Exact => Err("the plain plan was asked for".to_owned()),
         Goal::Flat { positions } => flatten(&mut graph, &mut recipe, positions),
     };
+    keep::keep(&mut graph, &mut recipe, &target.kept)?;
     if goal != Goal::Exact {
         fuse::fuse(&mut graph, &mut recipe);
     }

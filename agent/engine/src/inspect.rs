@@ -1,7 +1,7 @@
 //! What a model's folder holds and how it would run, found by importing it; nothing is packed and no text is made.
 
 use crate::bundle::Bundle;
-use crate::import::{EMBED, import};
+use crate::import::{EMBED, Target, import};
 use crate::onnx::{Graph, dims, elements, ints};
 use crate::open::{OpenError, PlanChoice, goal};
 use crate::pack::Sizes;
@@ -22,6 +22,8 @@ pub struct Inspection {
     pub architecture: String,
     /// The graph, relative to the folder.
     pub graph: String,
+    /// How its linears are packed: `int8`, `q4` or `mixed`.
+    pub precision: &'static str,
     /// Numbers in its matrices, a shared one counted once.
     pub parameters: u64,
     /// What its parts hold, in the file and packed.
@@ -70,7 +72,7 @@ pub fn inspect(folder: &Path, file: Option<&str>) -> Result<Inspection, OpenErro
     let imported = import(
         &bundle.graph(),
         bundle.heads(),
-        goal(&bundle, PlanChoice::Auto),
+        &Target::new(goal(&bundle, PlanChoice::Auto)),
     )?;
     let sizes = Sizes::of(&imported)?;
     let recipe = &imported.recipe;
@@ -113,6 +115,7 @@ pub fn inspect(folder: &Path, file: Option<&str>) -> Result<Inspection, OpenErro
         name: bundle.manifest.name.clone(),
         architecture: bundle.manifest.architecture.clone(),
         graph: bundle.graph_name(),
+        precision: precision(recipe.linears.iter().map(|&index| sizes.kinds[index])),
         parameters: parts.iter().map(|part| part.parameters).sum::<u64>() + foreign as u64,
         parts,
         context_length: bundle.manifest.context_length.min(positions),
@@ -158,6 +161,33 @@ impl Roles {
             (false, true) => "head",
             (false, false) => "linears",
         }
+    }
+}
+
+impl Part {
+    /// What it holds, in words.
+    pub fn content(&self) -> String {
+        let count = match self.matrices {
+            1 => "1 matrix".to_owned(),
+            several => format!("{several} matrices"),
+        };
+        let numbers = self.parameters as f64 / 1e6;
+        let (stored, packed) = (&self.stored, &self.packed);
+        format!("{count}, {numbers:.1} million: {stored}; packed as {packed}")
+    }
+}
+
+/// What linears are packed in, in a word.
+fn precision(mut kinds: impl Iterator<Item = Kind>) -> &'static str {
+    let Some(first) = kinds.next() else {
+        return "f32";
+    };
+    if kinds.any(|kind| kind.bits() != first.bits()) {
+        return "mixed";
+    }
+    match first.bits() {
+        Bits::Eight => "int8",
+        Bits::Four => "q4",
     }
 }
 

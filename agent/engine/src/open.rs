@@ -2,18 +2,20 @@
 //! once, at start, in a sentence.
 
 use crate::arena::{Arena, KvPrecision};
-use crate::bundle::{Bundle, BundleError};
+use crate::bundle::{Bundle, BundleError, Guard};
 use crate::cores::{Cores, pool};
 use crate::forward::{Flat, Forward, Numbers, Parts, Plain};
-use crate::import::{Goal, Imported, import};
+use crate::guard::Misread;
+use crate::import::{Goal, Imported, Target, import};
 use crate::onnx::GraphError;
 use crate::pack::{Outline, PackError, Weights};
-use crate::reference::Exact;
+use crate::reference::{Exact, Witness};
 use crate::text::{Text, TextError};
 use crate::tuning::{self, Key, Threads};
 use millwright_kernels::{Kernel, KernelError};
 use prost::Message;
-use std::path::{Path, PathBuf};
+use std::cell::RefCell;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use tract_onnx::pb::ModelProto;
@@ -43,6 +45,8 @@ pub struct Options {
     pub plan: PlanChoice,
     /// The graph of this name, where an exporter's folder has several.
     pub file: Option<String>,
+    /// Whether an exporter's folder is checked against f32 arithmetic when it is first opened.
+    pub guard: bool,
 }
 
 /// Which plan to use.
@@ -81,6 +85,7 @@ impl Default for Options {
             prefill_chunk: 128,
             plan: PlanChoice::Auto,
             file: None,
+            guard: true,
         }
     }
 }
@@ -106,10 +111,21 @@ pub enum OpenError {
     },
     #[error("tract can't run the graph in {folder}: {reason}")]
     Plan { folder: PathBuf, reason: String },
+    #[error(transparent)]
+    Misread(#[from] Misread),
+    #[error(
+        "the model in {folder} would answer wrongly here: its import diverges by {divergence:.3} nats a token from the \
+         same weights in f32 arithmetic, where {limit} is the most (--no-guard, or guard = false in the configuration, takes it nevertheless)"
+    )]
+    Unfaithful {
+        folder: PathBuf,
+        divergence: f64,
+        limit: f64,
+    },
 }
 
 /// What a model is and how it runs here.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Card {
     pub name: String,
     pub version: String,
@@ -130,6 +146,8 @@ pub struct Card {
     pub notes: Vec<String>,
     /// Whether it takes `chat` requests.
     pub chat: bool,
+    /// How the import of an exporter's graph was checked.
+    pub guard: Option<Guard>,
 }
 
 /// An opened model.
@@ -158,33 +176,47 @@ impl Options {
         }
         Ok(())
     }
+
+    /// The kernel that is asked for, or this CPU's best.
+    pub(crate) fn kernel(&self) -> Result<Kernel, KernelError> {
+        match &self.kernel {
+            Some(name) => Kernel::named(name),
+            None => Kernel::chosen(),
+        }
+    }
 }
 
 impl Model {
-    pub(crate) fn open(folder: &Path, options: &Options) -> Result<Self, OpenError> {
+    /// Imports and packs a bundle where that was not done yet, and plans it. A witness sees the linears of a reference
+    /// at work.
+    pub(crate) fn of(
+        bundle: &Bundle,
+        options: &Options,
+        target: &Target,
+        witness: Option<Box<dyn Witness>>,
+    ) -> Result<Self, OpenError> {
         options.check()?;
-        let bundle = Bundle::open_file(folder, options.file.as_deref())?;
-        let kernel = match &options.kernel {
-            Some(name) => Kernel::named(name)?,
-            None => Kernel::chosen()?,
-        };
-        let text = Arc::new(Text::open(&bundle)?);
-        let goal = goal(&bundle, options.plan);
+        let kernel = options.kernel()?;
+        let text = Arc::new(Text::open(bundle)?);
         let plan = |e: TractError| OpenError::Plan {
-            folder: folder.into(),
+            folder: bundle.dir().into(),
             reason: format!("{e:#}"),
         };
-        let (model, numbers, outline) = if goal == Goal::Exact {
-            let imported = import(&bundle.graph(), bundle.heads(), goal)?;
+        let (model, numbers, outline) = if target.goal == Goal::Exact {
+            let imported = import(&bundle.graph(), bundle.heads(), target)?;
             let outline = Outline::of(&imported);
             let Imported { graph, recipe, .. } = imported;
             (
                 graph.to_model()?,
-                Numbers::Exact(Box::new(Exact { graph, recipe })),
+                Numbers::Exact(Box::new(Exact {
+                    graph,
+                    recipe,
+                    witness: witness.map(RefCell::new),
+                })),
                 outline,
             )
         } else {
-            let weights = Weights::open(&bundle, goal, kernel.layout(), &options.state_dir)?;
+            let weights = Weights::open(bundle, target, kernel.layout(), &options.state_dir)?;
             let model = ModelProto::decode(weights.graph()).map_err(|e| plan(e.into()))?;
             let outline = weights.outline().clone();
             (model, Numbers::Packed(Arc::new(weights)), outline)
@@ -261,6 +293,7 @@ impl Model {
             threads,
             notes,
             chat: text.has_template(),
+            guard: None,
         };
         let slots = if is_flat { options.slots } else { 1 };
         let vocab = forward.vocab();

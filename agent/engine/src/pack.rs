@@ -12,7 +12,7 @@
 //! ```
 
 use crate::bundle::{Bundle, BundleError, hex};
-use crate::import::{Goal, Imported, import};
+use crate::import::{Goal, Imported, Target, import};
 use crate::map::Mapped;
 use crate::onnx::{Graph, GraphError};
 use crate::recipe::{Geometry, WeightSource};
@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -59,7 +60,7 @@ pub enum PackError {
 }
 
 /// Raised whenever importing makes something else of the same file, so that it is imported anew.
-const IMPORT: u32 = 2;
+pub(crate) const IMPORT: u32 = 3;
 
 /// What decides what a packed file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +69,7 @@ struct Key {
     source: String,
     /// `signed` or `offset`.
     layout: String,
-    goal: Goal,
+    target: Target,
     import: u32,
 }
 
@@ -122,7 +123,7 @@ impl Weights {
     /// Maps the packed file in `folder`, and makes it first where it is missing or not this model's.
     pub(crate) fn open(
         bundle: &Bundle,
-        goal: Goal,
+        target: &Target,
         layout: Layout,
         folder: &Path,
     ) -> Result<Self, PackError> {
@@ -132,7 +133,7 @@ impl Weights {
                 Layout::Signed => "signed".into(),
                 Layout::Offset => "offset".into(),
             },
-            goal,
+            target: target.clone(),
             import: IMPORT,
         };
         let stem = key.stem();
@@ -147,7 +148,7 @@ impl Weights {
             ),
         }
         bundle.verify()?;
-        let imported = import(&bundle.graph(), bundle.heads(), goal)?;
+        let imported = import(&bundle.graph(), bundle.heads(), target)?;
         if let Some(name) = imported.graph.files().find(|name| !bundle.covers(name)) {
             let reason = format!("keeps weights in {name}, which the manifest doesn't name");
             return Err(GraphError::Shape(reason).into());
@@ -260,7 +261,7 @@ impl Sizes {
         let key = Key {
             source: String::new(),
             layout: String::new(),
-            goal: Goal::Plain,
+            target: Target::new(Goal::Plain),
             import: IMPORT,
         };
         let graph = imported.graph.to_model()?.encoded_len();
@@ -482,7 +483,7 @@ impl Header {
     }
 }
 
-/// Streams one weight out, tile by tile.
+/// Streams one weight out.
 fn write_weight(
     graph: &Graph,
     source: &WeightSource,
@@ -492,13 +493,33 @@ fn write_weight(
     failed: &dyn Fn(io::Error) -> PackError,
 ) -> Result<(), PackError> {
     let numbers = Source::open(graph, source)?;
-    let (rows, cols) = (source.rows, source.cols);
+    let mut since = 0;
+    let written = each_tile(&numbers, kind, layout, 0..source.rows, |tile| {
+        since += tile.len();
+        if since >= FORGET_BYTES {
+            graph.forget();
+            since = 0;
+        }
+        out.write_all(tile)
+    });
+    graph.forget();
+    written.map_err(failed)
+}
+
+/// Packs these rows of a weight and hands them over tile by tile.
+pub(crate) fn each_tile<E>(
+    numbers: &Source,
+    kind: Kind,
+    layout: Layout,
+    rows: Range<usize>,
+    mut take: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let cols = numbers.cols();
     let mut panel = Panel::default();
     let mut tile = vec![0; cols / BLOCK * kind.block_bytes()];
     let groups = cols / kind.group();
-    let mut since = 0;
-    for first in (0..rows).step_by(PANEL_ROWS) {
-        let last = rows.min(first + PANEL_ROWS);
+    for first in rows.clone().step_by(PANEL_ROWS) {
+        let last = rows.end.min(first + PANEL_ROWS);
         numbers.panel(first..last, &mut panel);
         for from in (0..last - first).step_by(TILE_ROWS) {
             pack_tile(
@@ -511,12 +532,7 @@ fn write_weight(
                 |row, group| panel.minimums[(from + row) * groups + group],
                 &mut tile,
             );
-            out.write_all(&tile).map_err(failed)?;
-            since += tile.len();
-        }
-        if since >= FORGET_BYTES || last == rows {
-            graph.forget();
-            since = 0;
+            take(&tile)?;
         }
     }
     Ok(())

@@ -2,7 +2,8 @@
 //! sizes of its attention. Importing fills it, packing follows it.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
+use tract_onnx::pb::NodeProto;
 
 /// A weight to be packed: rows `[rows, cols]` of a stored matrix, one output per row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +91,9 @@ pub(crate) struct Recipe {
     pub(crate) linears: BTreeSet<usize>,
     /// Norm gains, biases, cosines and sines.
     pub(crate) tables: Vec<Vec<f32>>,
+    /// Of a linear, by its output: the operators that it was recognised in, down to what is stored, where these are
+    /// plain enough for tract to read.
+    pub(crate) origins: HashMap<String, Vec<NodeProto>>,
     /// Set when every attention block was recognised.
     pub(crate) geometry: Option<Geometry>,
     /// What was left to tract, and why.

@@ -4,8 +4,9 @@
 use crate::import::{EMBED, LINEAR};
 use crate::onnx::{Graph, ints};
 use crate::ops::{Ours, index, parsed};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, WeightSource};
 use crate::source::Source;
+use std::cell::RefCell;
 use tract_onnx::pb::NodeProto;
 use tract_onnx::prelude::tract_ndarray::{ArrayView2, ArrayViewMut2, s};
 use tract_onnx::prelude::*;
@@ -20,6 +21,23 @@ const PANEL: usize = 1 << 20;
 pub(crate) struct Exact {
     pub(crate) graph: Graph,
     pub(crate) recipe: Recipe,
+    pub(crate) witness: Option<RefCell<Box<dyn Witness>>>,
+}
+
+/// Sees each linear as it is computed.
+pub(crate) trait Witness: Send {
+    fn linear(&mut self, exact: &Exact, seen: &Seen) -> TractResult<()>;
+}
+
+/// A linear's numbers, before its bias.
+pub(crate) struct Seen<'a> {
+    /// The name of its output.
+    pub(crate) name: &'a str,
+    pub(crate) weight: &'a WeightSource,
+    /// `[tokens, cols]`
+    pub(crate) x: &'a [f32],
+    /// `[tokens, rows]`
+    pub(crate) y: &'a [f32],
 }
 
 /// An ONNX reader that knows linears and embeddings by their sources.
@@ -101,6 +119,7 @@ impl TypedOp for ExactEmbed {
 /// `x · Wᵀ + bias`, `[1, tokens, cols]` to `[1, tokens, rows]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ExactLinear {
+    output: String,
     weight: usize,
     bias: Option<usize>,
     width: usize,
@@ -109,6 +128,7 @@ struct ExactLinear {
 impl ExactLinear {
     fn parse(node: &NodeProto) -> Option<Self> {
         Some(Self {
+            output: node.output.first()?.clone(),
             weight: index(node, "weights", 0)?,
             bias: ints(node, "bias").first().map(|&table| table as usize),
             width: index(node, "widths", 0)?,
@@ -137,13 +157,10 @@ impl EvalOp for ExactLinear {
         let exact = exact(ctx)?;
         let of = &exact.recipe.weights[self.weight];
         let weight = Source::open(&exact.graph, of)?;
-        let x = inputs[0].try_as_plain_ram()?.as_slice::<f32>()?;
-        let tokens = x.len() / of.cols;
-        let x = ArrayView2::from_shape((tokens, of.cols), x)?;
-        let mut out = match self.bias {
-            Some(table) => exact.recipe.tables[table].repeat(tokens),
-            None => vec![0.0; tokens * of.rows],
-        };
+        let input = inputs[0].try_as_plain_ram()?.as_slice::<f32>()?;
+        let tokens = input.len() / of.cols;
+        let x = ArrayView2::from_shape((tokens, of.cols), input)?;
+        let mut out = vec![0.0; tokens * of.rows];
         let mut y = ArrayViewMut2::from_shape((tokens, of.rows), &mut out)?;
         let mut panel = Vec::new();
         let step = (PANEL / of.cols).max(1);
@@ -151,8 +168,22 @@ impl EvalOp for ExactLinear {
             let rows = first..of.rows.min(first + step);
             weight.values(rows.clone(), &mut panel);
             let w = ArrayView2::from_shape((rows.len(), of.cols), &panel)?;
-            let mut part = y.slice_mut(s![.., rows]);
-            part += &x.dot(&w.t());
+            y.slice_mut(s![.., rows]).assign(&x.dot(&w.t()));
+        }
+        if let Some(witness) = &exact.witness {
+            let seen = Seen {
+                name: &self.output,
+                weight: of,
+                x: input,
+                y: &out,
+            };
+            witness.borrow_mut().linear(exact, &seen)?;
+        }
+        if let Some(table) = self.bias {
+            let bias = &exact.recipe.tables[table];
+            for row in out.chunks_exact_mut(of.rows) {
+                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            }
         }
         exact.graph.forget();
         Ok(tvec![

@@ -67,6 +67,11 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// Inputs.
+    pub(crate) fn cols(&self) -> usize {
+        self.of.cols
+    }
+
     /// The kind that carries every scale and minimum: f16 where they are exact in it, f32 where one isn't; without
     /// minimums where there are none. Reads them all.
     pub(crate) fn kind(&self) -> Result<Kind, PackError> {

@@ -1,7 +1,9 @@
 //! The engine: requests in, events out, one flat batch of tokens a step. Decides which tokens ride in the next
 //! batch; knows neither what a token costs nor who asked.
 
+use crate::bundle::Bundle;
 use crate::forward::Forward;
+use crate::guard;
 use crate::observer::Observer;
 use crate::open::{Card, Model, OpenError, Options};
 use crate::request::{Prepared, Preparer};
@@ -146,9 +148,13 @@ impl Sequence {
 }
 
 impl Engine {
-    /// Opens a bundle; packs its weights first where that was not done yet.
-    pub fn open(bundle: &Path, options: &Options) -> Result<Self, OpenError> {
-        let model = Model::open(bundle, options)?;
+    /// Opens a bundle; checks its import and packs its weights first where that was not done yet.
+    pub fn open(folder: &Path, options: &Options) -> Result<Self, OpenError> {
+        let bundle = Bundle::open_file(folder, options.file.as_deref())?;
+        let guard = guard::settled(&bundle, options)?;
+        let target = guard::target(&bundle, options, guard.as_ref());
+        let mut model = Model::of(&bundle, options, &target, None)?;
+        model.card.guard = guard;
         Ok(Self {
             text: model.text,
             forward: model.forward,

@@ -4,11 +4,10 @@
 use crate::bundle::hex;
 use crate::cores::{Calm, Cores};
 use crate::forward::Forward;
+use crate::small;
 use crate::turn::{Batch, Row};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tract_onnx::prelude::TractResult;
@@ -23,8 +22,6 @@ const ROUNDS_MAX: usize = 15;
 const PIECE_MIN: usize = 8;
 /// A piece is as long as lets the budget do for this many rounds: rather fewer than shorter ones.
 const PIECE_ROUNDS: usize = 5;
-/// A file of ours is a few hundred bytes.
-const FILE_BYTES_MAX: u64 = 4096;
 
 /// Threads for a step that only decodes, and for one with prompt tokens in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,7 +106,7 @@ fn settled(
         return Ok(threads);
     }
     let remembered = Remembered { key, threads };
-    if let Err(error) = write(&path, &serde_json::to_vec(&remembered)?) {
+    if let Err(error) = small::remember(&path, &remembered) {
         tracing::warn!(
             "{} can't be written, so the next start measures again: {error}",
             path.display()
@@ -120,11 +117,9 @@ fn settled(
 
 /// What the file says for this key; `None` if there is none.
 fn recall(path: &Path, key: &Key, most: usize) -> Result<Option<Threads>, String> {
-    let Some(bytes) = read(path).map_err(|e| e.to_string())? else {
+    let Some(Remembered { key: of, threads }) = small::recall(path)? else {
         return Ok(None);
     };
-    let Remembered { key: of, threads } =
-        serde_json::from_slice(&bytes).map_err(|e| format!("it is no such file: {e}"))?;
     if of != *key {
         return Err("it was measured with another model, engine, option or CPU".into());
     }
@@ -133,28 +128,6 @@ fn recall(path: &Path, key: &Key, most: usize) -> Result<Option<Threads>, String
         return Err(format!("it names threads that are not 1 to {most}"));
     }
     Ok(Some(threads))
-}
-
-/// A small file of ours, whole; `None` if it isn't there.
-pub(crate) fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file?,
-    };
-    let mut bytes = Vec::new();
-    file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
-    Ok(Some(bytes))
-}
-
-/// Writes a small file whole or not at all.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let partial = path.with_extension(format!("{}.partial", std::process::id()));
-    path.parent().map_or(Ok(()), fs::create_dir_all)?;
-    let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&partial);
-    }
-    written
 }
 
 fn measure(
@@ -293,6 +266,7 @@ fn millis(times: &[(usize, Duration)]) -> Vec<f64> {
 mod tests {
     use super::*;
     use std::convert::Infallible;
+    use std::fs;
     use tempfile::TempDir;
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -402,11 +376,7 @@ mod tests {
             prefill: 4,
         };
         let save = |key, threads| {
-            write(
-                &path,
-                &serde_json::to_vec(&Remembered { key, threads }).unwrap(),
-            )
-            .unwrap();
+            small::remember(&path, &Remembered { key, threads }).unwrap();
         };
         save(key(), threads);
         assert_eq!(recall(&path, &key(), 4), Ok(Some(threads)));
@@ -422,7 +392,7 @@ mod tests {
             threads,
         })
         .unwrap();
-        let padded = [&whole[..whole.len() - 1], &b" ".repeat(5000)[..], b"}"].concat();
+        let padded = [&whole[..whole.len() - 1], &b" ".repeat(70_000)[..], b"}"].concat();
         for bad in [
             &b""[..],
             b"{}",
@@ -449,7 +419,7 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         assert!(recall(&path, &key(), 4).is_err());
-        assert!(write(&path, b"x").is_err());
+        assert!(small::remember(&path, &0).is_err());
         let left = fs::read_dir(path.parent().unwrap()).unwrap().count();
         assert_eq!(left, 1, "nothing half-written stays");
     }

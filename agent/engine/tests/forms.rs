@@ -4,13 +4,11 @@
 mod support;
 
 use millwright_engine::{Card, Engine, Options, PlanChoice};
-use millwright_forge::cache::Cache;
-use millwright_forge::catalogue::Catalogue;
-use millwright_forge::export::{Form, PRESETS, export};
+use millwright_forge::export::PRESETS;
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::kl;
+use support::{kl, written};
 use tempfile::TempDir;
 
 #[derive(Deserialize)]
@@ -52,23 +50,6 @@ fn goldens() -> Vec<Golden> {
     paths.sort();
     let read = |path: PathBuf| serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
     paths.into_iter().map(read).collect()
-}
-
-fn written(form: &str, bias: bool) -> TempDir {
-    let folder = TempDir::new().unwrap();
-    let cache = Cache::at(folder.path().join("no-cache"));
-    let catalogue = Catalogue::built_in().unwrap();
-    let form = Form::find(form).unwrap();
-    export(
-        &cache,
-        &catalogue,
-        "tiny",
-        form,
-        bias,
-        &folder.path().join("out"),
-    )
-    .unwrap();
-    folder
 }
 
 fn open(folder: &TempDir, kernel: &str, plan: PlanChoice) -> Engine {

@@ -113,6 +113,7 @@ pub fn write(
         licence: description.licence.name.clone(),
         source: description.source.clone(),
         signature: String::new(),
+        import: None,
         files: files.into_iter().map(entry).collect::<Result<_>>()?,
     };
     let text = manifest.to_text()?;

@@ -74,6 +74,7 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         prefill_chunk: settings.prefill_chunk.unwrap_or(defaults.prefill_chunk),
         plan: defaults.plan,
         file: settings.file.clone(),
+        guard: settings.guard.unwrap_or(defaults.guard),
     };
     // Before the model takes its memory and any task runs: it takes the memory's whole bandwidth for a second, at each
     // start until one that nothing disturbed.
@@ -94,7 +95,12 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         prefill_threads: card.threads.prefill,
         read_bytes_per_s: bandwidth.map(|rate| rate as u64),
         plan: card.plan.to_string(),
-        notes: card.notes.clone(),
+        notes: card
+            .guard
+            .iter()
+            .map(ToString::to_string)
+            .chain(card.notes.clone())
+            .collect(),
     };
     Ok(Mind {
         model,

@@ -1,6 +1,6 @@
 //! `millwright model inspect`: what a model's folder holds and how it would run on this machine.
 
-use super::model::packed_folder;
+use super::model::{MEGA, packed_folder};
 use anyhow::Result;
 use millwright_engine::{Inspection, bandwidth, inspect};
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 fn print(found: &Inspection) {
-    let mega = |bytes: usize| bytes as f64 / 1e6;
+    let mega = |bytes: usize| bytes as f64 / MEGA;
     let line = |what: &str, text: String| println!("{what:<20}{text}");
     line(
         "model",
@@ -45,14 +45,7 @@ fn print(found: &Inspection) {
         format!("{:.1} million", found.parameters as f64 / 1e6),
     );
     for part in &found.parts {
-        let count = match part.matrices {
-            1 => "1 matrix".to_owned(),
-            several => format!("{several} matrices"),
-        };
-        let numbers = part.parameters as f64 / 1e6;
-        let (stored, packed) = (&part.stored, &part.packed);
-        let text = format!("{count}, {numbers:.1} million: {stored}; packed as {packed}");
-        line(part.role, text);
+        line(part.role, part.content());
     }
     line("context", format!("{} tokens", found.context_length));
     let (ours, all) = found.fused;

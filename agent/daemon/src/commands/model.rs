@@ -5,6 +5,9 @@ use millwright_engine::{Engine, KvPrecision, Options, PlanChoice};
 use std::env;
 use std::path::{Path, PathBuf};
 
+/// Bytes in a megabyte.
+pub(super) const MEGA: f64 = 1e6;
+
 /// Which model, and how it runs.
 #[derive(Debug, clap::Args)]
 pub(super) struct ModelArgs {
@@ -14,6 +17,9 @@ pub(super) struct ModelArgs {
     /// Which graph to take where an exporter's folder has several, such as model_q4.onnx
     #[arg(long, value_name = "NAME")]
     file: Option<String>,
+    /// Take an exporter's folder without checking its import against f32 arithmetic when it is first opened
+    #[arg(long)]
+    no_guard: bool,
     /// Where packed weights are kept [default: the packed folder of the Millwright cache]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -67,6 +73,7 @@ impl ModelArgs {
             kv_tokens: kv_tokens.unwrap_or(default.kv_tokens),
             kv_precision: self.kv_cache,
             file: self.file.clone(),
+            guard: !self.no_guard,
             plan: self.plan,
             ..default
         })

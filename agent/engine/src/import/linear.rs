@@ -13,6 +13,8 @@ struct Linear {
     output: String,
     source: WeightSource,
     bias: Option<Vec<f32>>,
+    /// See [`Recipe::origins`].
+    origin: Option<Vec<NodeProto>>,
 }
 
 /// Replaces every recognised linear and embedding.
@@ -50,6 +52,9 @@ fn put(graph: &mut Graph, recipe: &mut Recipe, mut found: Linear) {
     let rows = found.source.rows;
     let weight = recipe.weight(found.source);
     recipe.linears.insert(weight);
+    if let Some(origin) = found.origin {
+        recipe.origins.insert(found.output.clone(), origin);
+    }
     let node = new_node(LINEAR, &[&found.x], &[&found.output]);
     let mut node = with_ints(with_ints(node, "weights", &[weight]), "widths", &[rows]);
     if let Some(values) = found.bias {
@@ -64,7 +69,20 @@ fn put(graph: &mut Graph, recipe: &mut Recipe, mut found: Linear) {
 fn matmul(graph: &Graph, node: &NodeProto) -> Option<Linear> {
     let source = weight::behind(graph, input(node, 1)?, Order::ColumnMajor)?;
     activations(graph, input(node, 0)?).then_some(())?;
-    linear(node, source, None)
+    let mut linear = linear(node, source, None)?;
+    linear.origin = Some(origin(graph, node));
+    Some(linear)
+}
+
+/// The product itself, and what makes its second operand.
+fn origin(graph: &Graph, product: &NodeProto) -> Vec<NodeProto> {
+    let mut nodes = vec![product.clone()];
+    let mut queue = vec![&product.input[1]];
+    while let Some(node) = queue.pop().and_then(|name| graph.producer(name)) {
+        nodes.push(node.clone());
+        queue.extend(node.input.iter().filter(|name| !graph.is_initializer(name)));
+    }
+    nodes
 }
 
 fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
@@ -167,6 +185,7 @@ fn integer(graph: &Graph, node: &NodeProto) -> Option<Linear> {
         output: out.to_owned(),
         source,
         bias: None,
+        origin: None,
     })
 }
 
@@ -176,6 +195,7 @@ fn linear(node: &NodeProto, source: WeightSource, bias: Option<Vec<f32>>) -> Opt
         output: output(node, 0)?.to_owned(),
         source,
         bias,
+        origin: None,
     })
 }
 

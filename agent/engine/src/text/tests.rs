@@ -106,6 +106,7 @@ fn bundle(tokenizer: &Value, template: Option<&str>, stop: &[&str]) -> (TempDir,
         licence: "Apache-2.0".into(),
         source: "a test".into(),
         signature: String::new(),
+        import: None,
         files: files.iter().map(entry).collect(),
     };
     fs::write(

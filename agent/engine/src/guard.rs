@@ -1,0 +1,452 @@
+//! The accuracy guard: whether an import computes what its file says. Each linear is held by itself to f32 arithmetic
+//! on the file's own numbers, then the whole model. Runs once, when a graph is imported, never in service.
+//!
+//! The reference streams: of one linear at a time the numbers are in memory as f32. Where tract can read how a
+//! linear is stored, it says what the linear's result is, too; elsewhere our own dequantising is the only oracle.
+
+use crate::bundle::{Bundle, Check, Guard, Kept};
+use crate::bundling::Stage;
+use crate::cores::{Cores, pool};
+use crate::import::{Goal, Target};
+use crate::onnx::{Graph, elements, value_info};
+use crate::open::{Model, OpenError, Options, PlanChoice, goal};
+use crate::pack::{IMPORT, each_tile};
+use crate::reference::{Exact, Seen, Witness};
+use crate::small;
+use crate::source::Source;
+use crate::turn::{Batch, Row};
+use millwright_kernels::packed::{Packed, Shape, TILE_ROWS};
+use millwright_kernels::{Job, Kernel, Pool, Quantised, Rows};
+use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
+use tract_onnx::prelude::*;
+use tract_onnx::tract_core::internal::{TractErrorContext, bail, ensure};
+
+/// What the model reads to be measured, as far as [`TOKENS`]: prose, a record, a program.
+const TEXT: &str = "Pump 7 in hall B ran hot on Tuesday: 81 °C at the drive end, where 65 °C is normal. The oil was \
+    changed and the coupling aligned; since then vibration is down to 2.3 mm/s.\n\
+    {\"machine\": \"P-107\", \"state\": \"running\", \"hours\": 10422, \"alarms\": []}\n\
+    def mean(values):\n    return sum(values) / len(values)\n";
+const TOKENS: usize = 64;
+/// A linear whose result eight bits change by more than this share of it stays in f32. They change it by 3 % at
+/// most in SmolLM2 and Qwen2.5.
+const LINEAR_MAX: f64 = 0.1;
+/// A model whose answers diverge by more than this is refused: ten times what eight bits cost good ones.
+const DIVERGENCE_MAX: f64 = 0.05;
+/// How far two f32 computations of a linear may be off each other, as a share of the result.
+const ROUNDING: f64 = 1e-3;
+/// Larger linears are not shown to tract, which would hold them in f32 several times.
+const TRACT_MAX: usize = 48 << 20;
+/// Weights of a linear that are packed at a time.
+const PANEL: usize = 1 << 20;
+
+/// Told what is being done.
+pub type Progress = Arc<dyn Fn(Stage) + Send + Sync>;
+
+/// What decides the outcome.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Key {
+    engine: String,
+    import: u32,
+    model: String,
+    kernel: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Remembered {
+    key: Key,
+    guard: Guard,
+}
+
+/// What is known of a model's import: as its manifest says, as `state_dir` remembers, or measured now. `None` for a
+/// bundle that was made in our own form, and where nobody wants to know.
+pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard>, OpenError> {
+    if let Some(import) = &bundle.manifest.import {
+        return Ok(Some(import.guard.clone()));
+    }
+    if bundle.is_stated() || options.plan != PlanChoice::Auto {
+        return Ok(None);
+    }
+    if !options.guard {
+        return Ok(Some(Guard::Skipped));
+    }
+    let key = Key {
+        engine: env!("CARGO_PKG_VERSION").into(),
+        import: IMPORT,
+        model: bundle.digest(),
+        kernel: options.kernel()?.name().into(),
+    };
+    let name = format!(
+        "{}-{}.guard.json",
+        key.model.get(..16).unwrap_or("model"),
+        key.kernel
+    );
+    let path = options.state_dir.join(name);
+    match small::recall::<Remembered>(&path) {
+        Ok(Some(known)) if known.key == key => return Ok(Some(known.guard)),
+        Ok(_) => {}
+        Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
+    }
+    tracing::info!(
+        "checking the import of {} against f32 arithmetic",
+        bundle.manifest.name
+    );
+    let guard = measured(bundle, options, &options.state_dir, Arc::new(drop))?;
+    let remembered = Remembered { key, guard };
+    if let Err(error) = small::remember(&path, &remembered) {
+        tracing::warn!(
+            "{} can't be written, so the next start measures again: {error}",
+            path.display()
+        );
+    }
+    Ok(Some(remembered.guard))
+}
+
+/// What importing is to make of a graph, after all that is known of it.
+pub(crate) fn target(bundle: &Bundle, options: &Options, guard: Option<&Guard>) -> Target {
+    let mut target = Target::new(goal(bundle, options.plan));
+    if let Some(Guard::Passed(check)) = guard {
+        if check.plain && options.plan == PlanChoice::Auto {
+            target.goal = Goal::Plain;
+        }
+        target.kept = check.kept.iter().map(|kept| kept.weight.clone()).collect();
+    }
+    target
+}
+
+/// Imports a model twice and compares; what is packed for it goes to `state_dir`.
+pub(crate) fn measured(
+    bundle: &Bundle,
+    options: &Options,
+    state_dir: &Path,
+    progress: Progress,
+) -> Result<Guard, OpenError> {
+    let options = Options {
+        threads: Some(Cores::here().threads_fast()),
+        state_dir: state_dir.to_owned(),
+        slots: 1,
+        kv_tokens: 2 * TOKENS,
+        prefill_chunk: TOKENS,
+        ..options.clone()
+    };
+    let report = Arc::new(Mutex::new(Report::default()));
+    let comparison = Comparison {
+        kernel: options.kernel()?,
+        pool: pool(1, None),
+        quantised: Quantised::new(),
+        report: Arc::clone(&report),
+        progress,
+    };
+    let exact = Target::new(Goal::Exact);
+    let mut reference = match Model::of(bundle, &options, &exact, Some(Box::new(comparison))) {
+        Err(OpenError::Plan { reason, .. }) => return Ok(Guard::Unable(reason)),
+        opened => opened?,
+    };
+    let mut tokens = reference.text.encode(TEXT)?;
+    tokens.truncate(TOKENS.min(reference.card.context_length));
+    let expected = match reference.logits(&tokens) {
+        Err(reason) => return Ok(Guard::Unable(reason)),
+        Ok(logits) => logits,
+    };
+    let vocab = reference.vocab;
+    drop(reference);
+    let report = std::mem::take(&mut *report.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some(misread) = report.misread {
+        return Err(misread.into());
+    }
+    let mut check = report.check(tokens.len());
+    for plain in [false, true] {
+        check.plain = plain;
+        let target = target(bundle, &options, Some(&Guard::Passed(check.clone())));
+        let mut model = Model::of(bundle, &options, &target, None)?;
+        let found = model.logits(&tokens).map_err(|reason| OpenError::Plan {
+            folder: bundle.dir().to_owned(),
+            reason,
+        })?;
+        check.divergence = divergence(&expected, &found, vocab);
+        if check.divergence <= DIVERGENCE_MAX {
+            return Ok(Guard::Passed(check));
+        }
+        tracing::warn!(
+            "the {} plan diverges by {:.3} nats a token",
+            model.card.plan,
+            check.divergence
+        );
+    }
+    Err(OpenError::Unfaithful {
+        folder: bundle.dir().to_owned(),
+        divergence: check.divergence,
+        limit: DIVERGENCE_MAX,
+    })
+}
+
+impl Model {
+    /// The logits of each token, `[tokens, vocab]`.
+    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, String> {
+        let row = |(position, &token)| Row {
+            token,
+            slot: 0,
+            position,
+        };
+        let rows: Vec<Row> = tokens.iter().enumerate().map(row).collect();
+        let batch = Batch {
+            sample: (0..rows.len()).collect(),
+            rows,
+        };
+        let mut logits = Vec::new();
+        if !self.forward.reserve(0, tokens.len()) {
+            return Err("its context is too short".into());
+        }
+        let done = self
+            .forward
+            .forward(&batch, self.card.threads.prefill, &mut logits);
+        self.forward.release(0);
+        done.map_err(|e| format!("{e:#}"))?;
+        Ok(logits)
+    }
+}
+
+/// The mean over rows of KL(expected ‖ found), in nats.
+fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> f64 {
+    let norm = |row: &[f32]| {
+        let most = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        most + row
+            .iter()
+            .map(|&v| (f64::from(v) - most).exp())
+            .sum::<f64>()
+            .ln()
+    };
+    let rows = expected.chunks_exact(vocab).zip(found.chunks_exact(vocab));
+    let sum: f64 = rows
+        .map(|(p, q)| {
+            let (of_p, of_q) = (norm(p), norm(q));
+            let terms = p.iter().zip(q).map(|(&p, &q)| {
+                let p = f64::from(p) - of_p;
+                p.exp() * (p - (f64::from(q) - of_q))
+            });
+            terms.sum::<f64>()
+        })
+        .sum();
+    let mean = sum / (expected.len() / vocab).max(1) as f64;
+    // What isn't a number is no agreement.
+    if mean.is_finite() {
+        mean.max(0.0)
+    } else {
+        f64::MAX
+    }
+}
+
+/// Why an import is refused: our reading of a weight is not tract's.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error(
+    "the linear {linear} on {weight} is read in another way than tract reads it: their results differ by {error:.2e} of them"
+)]
+pub struct Misread {
+    linear: String,
+    weight: String,
+    error: f64,
+}
+
+/// What was seen of the linears.
+#[derive(Default)]
+struct Report {
+    linears: usize,
+    by_tract: usize,
+    worst: Option<Kept>,
+    kept: Vec<Kept>,
+    misread: Option<Misread>,
+}
+
+impl Report {
+    fn check(self, tokens: usize) -> Check {
+        let oracle = match (self.by_tract, self.linears) {
+            (0, _) => "own".to_owned(),
+            (some, all) if some == all => "tract".to_owned(),
+            (some, all) => format!("tract for {some} of {all} linears, own for the others"),
+        };
+        Check {
+            divergence: 0.0,
+            tokens,
+            plain: false,
+            oracle,
+            worst: self.worst,
+            kept: self.kept,
+        }
+    }
+}
+
+/// Computes each linear of the reference once more, as the packed weights would.
+struct Comparison {
+    kernel: Kernel,
+    pool: Pool,
+    quantised: Quantised,
+    report: Arc<Mutex<Report>>,
+    progress: Progress,
+}
+
+impl Witness for Comparison {
+    fn linear(&mut self, exact: &Exact, seen: &Seen) -> TractResult<()> {
+        let error = self.error(exact, seen)?;
+        let weight = seen.weight;
+        let origin = exact.recipe.origins.get(seen.name);
+        let small = weight.rows * weight.cols <= TRACT_MAX;
+        let by_tract = origin.filter(|_| small).and_then(|nodes| {
+            let run = AssertUnwindSafe(|| run(&exact.graph, nodes, seen).ok());
+            catch_unwind(run).ok().flatten()
+        });
+        let report = &mut *self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.linears += 1;
+        (self.progress)(Stage::Checking(report.linears, exact.recipe.linears.len()));
+        let known = Kept {
+            weight: weight.values.clone(),
+            linear: seen.name.to_owned(),
+            error,
+        };
+        if let Some(theirs) = by_tract {
+            report.by_tract += 1;
+            let error = apart(seen.y, &theirs).share();
+            if error > ROUNDING {
+                report.misread.get_or_insert(Misread {
+                    linear: known.linear.clone(),
+                    weight: known.weight.clone(),
+                    error,
+                });
+            }
+        }
+        if error > LINEAR_MAX {
+            tracing::warn!(
+                "the linear {} on {} stays in f32: eight bits would change its result by {:.1} %",
+                known.linear,
+                known.weight,
+                100.0 * error
+            );
+            report.kept.push(known.clone());
+        }
+        if report
+            .worst
+            .as_ref()
+            .is_none_or(|worst| worst.error < error)
+        {
+            report.worst = Some(known);
+        }
+        Ok(())
+    }
+}
+
+impl Comparison {
+    /// By how much of itself the result changes when the linear is packed.
+    fn error(&mut self, exact: &Exact, seen: &Seen) -> TractResult<f64> {
+        let (weight, x) = (seen.weight, seen.x);
+        let numbers = Source::open(&exact.graph, weight)?;
+        let kind = numbers.kind()?;
+        let layout = self.kernel.layout();
+        self.quantised.keep_sums(kind.needs_sums());
+        self.kernel
+            .quantise_rows(Rows::Plain(x), weight.cols, &mut self.quantised, &self.pool);
+        let step = (PANEL / weight.cols).next_multiple_of(TILE_ROWS);
+        let (mut bytes, mut difference) = (Vec::new(), Difference::default());
+        for first in (0..weight.rows).step_by(step) {
+            let rows = first..weight.rows.min(first + step);
+            bytes.clear();
+            let packed = each_tile(&numbers, kind, layout, rows.clone(), |tile| {
+                bytes.extend_from_slice(tile);
+                Ok::<(), Infallible>(())
+            });
+            let Ok(()) = packed;
+            let shape = Shape::new(rows.len(), weight.cols);
+            let packed = shape.and_then(|shape| Packed::new(kind, shape, layout, &bytes));
+            let tokens = x.len() / weight.cols;
+            let mut y = vec![0.0; tokens * rows.len()];
+            let job = Job {
+                weight: packed.context("a weight of another size")?,
+                y: &mut y,
+                bias: None,
+                residual: None,
+            };
+            self.kernel.matmuls(&mut [job], &self.quantised, &self.pool);
+            let wanted = seen
+                .y
+                .chunks_exact(weight.rows)
+                .map(|row| &row[rows.clone()]);
+            for (wanted, found) in wanted.zip(y.chunks_exact(rows.len())) {
+                difference.add(&apart(wanted, found));
+            }
+        }
+        Ok(difference.share())
+    }
+}
+
+/// Sums of squares.
+#[derive(Default)]
+struct Difference {
+    of: f64,
+    between: f64,
+}
+
+impl Difference {
+    fn add(&mut self, other: &Self) {
+        self.of += other.of;
+        self.between += other.between;
+    }
+
+    fn share(&self) -> f64 {
+        if self.between == 0.0 {
+            return 0.0;
+        }
+        (self.between / self.of.max(f64::MIN_POSITIVE))
+            .sqrt()
+            .min(f64::MAX)
+    }
+}
+
+fn apart(wanted: &[f32], found: &[f32]) -> Difference {
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    Difference {
+        of: wanted.iter().map(|&v| square(v)).sum(),
+        between: wanted.iter().zip(found).map(|(&a, &b)| square(a - b)).sum(),
+    }
+}
+
+/// The linear as its file writes it, run by tract.
+fn run(graph: &Graph, origin: &[NodeProto], seen: &Seen) -> TractResult<Vec<f32>> {
+    let product = origin.first().context("a linear without operators")?;
+    let [x, _] = &product.input[..] else {
+        bail!("a product of {} values", product.input.len())
+    };
+    let stored = origin.iter().flat_map(|node| &node.input);
+    let stored = stored.filter_map(|name| graph.initializer(name));
+    let mut initializer = stored
+        .map(|tensor| graph.resident(tensor))
+        .collect::<Result<Vec<_>, _>>()?;
+    initializer.sort_by(|a, b| a.name.cmp(&b.name));
+    initializer.dedup_by(|a, b| a.name == b.name);
+    ensure!(initializer.iter().all(|tensor| elements(tensor).is_some()));
+    let float = DataType::Float as i32;
+    let model = ModelProto {
+        opset_import: graph.model.opset_import.clone(),
+        ir_version: graph.model.ir_version,
+        graph: Some(GraphProto {
+            node: origin.to_vec(),
+            initializer,
+            input: vec![value_info(x, float)],
+            output: vec![value_info(&product.output[0], float)],
+            ..GraphProto::default()
+        }),
+        ..ModelProto::default()
+    };
+    let onnx = tract_onnx::onnx().with_ignore_value_info(true);
+    let parsed = onnx.parse(&model, None)?;
+    ensure!(parsed.unresolved_inputs.is_empty());
+    let shape = [1, seen.x.len() / seen.weight.cols, seen.weight.cols];
+    let mut model = parsed.model;
+    model.set_input_fact(0, f32::fact(shape).into())?;
+    let model = model.into_optimized()?.into_runnable()?;
+    let made = model.run(tvec![Tensor::from_shape(&shape, seen.x)?.into_tvalue()])?;
+    let made = made[0].try_as_plain_ram()?.as_slice::<f32>()?.to_vec();
+    ensure!(made.len() == seen.y.len());
+    Ok(made)
+}
