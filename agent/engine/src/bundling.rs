@@ -1,15 +1,19 @@
 //! Makes a bundle of an exporter's folder: checks the import once, where there is time for it, and writes down what
 //! was found, so that a gateway need not.
 
+mod narrow;
+
 use crate::bundle::{
     Bundle, BundleError, CHAT_TEMPLATE, FileEntry, GRAPH, Guard, Import, MANIFEST, Manifest,
-    TOKENIZER,
+    TOKENIZER, WEIGHTS,
 };
 use crate::folder::{CONFIG, GENAI, TOKENIZER_CONFIG};
-use crate::guard::{self, Progress};
+use crate::guard::{Progress, Reference};
+use crate::import::kept_matrix;
 use crate::inspect::{Part, inspect};
 use crate::onnx::Graph;
 use crate::open::{OpenError, Options};
+use narrow::{Floats, WriteError};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -36,6 +40,8 @@ pub enum Stage {
     Checking(usize, usize),
     /// Writing this file of so many bytes.
     Writing(String, u64),
+    /// Packing what was written and comparing its answers.
+    Comparing,
 }
 
 /// Why a folder can't be made a bundle.
@@ -51,6 +57,8 @@ pub enum BundlingError {
     Open(#[from] OpenError),
     #[error("{path} can't be written: {source}")]
     Write { path: PathBuf, source: io::Error },
+    #[error("its matrices can't be written: {0}")]
+    Narrow(#[from] WriteError),
     #[error("the manifest can't be written: {0}")]
     Manifest(#[from] toml::ser::Error),
 }
@@ -79,69 +87,78 @@ pub fn make(
     }
     progress(Stage::Reading);
     let found = inspect(source, options.file.as_deref())?;
-    let partial = Partial::beside(out)?;
-    let guard = if options.guard {
-        let found = guard::measured(
-            &bundle,
-            options,
-            &partial.path("packed"),
-            Arc::clone(progress),
-        )?;
-        let packed = partial.path("packed");
-        fs::remove_dir_all(&packed).map_err(|source| failed(&packed, source))?;
-        found
+    let mut folder = Partial::beside(out)?;
+    let options = Options {
+        state_dir: folder.path("packed"),
+        file: None,
+        ..options.clone()
+    };
+    let reference = match options.guard {
+        true => Some(Reference::of(&bundle, &options, Arc::clone(progress))?),
+        false => None,
+    };
+    let (mut guard, mut reference) = match reference {
+        None => (Guard::Skipped, None),
+        Some(Err(why)) => (Guard::Unable(why), None),
+        Some(Ok(reference)) => (Guard::Skipped, Some(reference)),
+    };
+    let kept = reference.as_mut().map_or(&mut [][..], Reference::kept);
+    let weights = kept.iter().map(|kept| kept.weight.clone()).collect();
+    if let Some(floats) = Floats::of(&bundle, &weights).map_err(OpenError::from)? {
+        for kept in kept {
+            kept.weight = kept_matrix(&kept.linear);
+        }
+        progress(Stage::Writing(WEIGHTS.into(), floats.bytes()));
+        floats.write(&folder.path(GRAPH), &folder.path(WEIGHTS))?;
+        folder.add(GRAPH)?;
+        folder.add(WEIGHTS)?;
     } else {
-        Guard::Skipped
-    };
-    let import = Import {
-        graph: bundle.graph_name(),
-        form: found.parts.iter().map(form).collect(),
-        guard,
-    };
-    let mut files = Vec::new();
-    let mut add = |name: &str, from: Content| {
-        progress(Stage::Writing(name.to_owned(), from.bytes()));
-        let path = partial.path(name);
-        let written = from.write(&path).and_then(|()| FileEntry::of(&path));
-        files.push(written.map_err(|source| failed(&path, source))?);
-        Ok::<(), BundlingError>(())
-    };
-    let graph = bundle.graph();
-    add(GRAPH, Content::File(graph.clone()))?;
-    let beside = graph.parent().unwrap_or(Path::new("."));
-    for name in data_files(&graph)? {
-        add(&name, Content::File(beside.join(&name)))?;
+        let graph = bundle.graph();
+        let beside = graph.parent().unwrap_or(Path::new("."));
+        let data = data_files(&graph)?;
+        folder.copy(&graph, GRAPH, progress)?;
+        for name in data {
+            folder.copy(&beside.join(&name), &name, progress)?;
+        }
     }
     for entry in fs::read_dir(source).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let wanted = [TOKENIZER, TOKENIZER_CONFIG, CONFIG, GENAI].contains(&name.as_str());
         if wanted || name.starts_with("LICENSE") {
-            add(&name, Content::File(entry.path()))?;
+            folder.copy(&entry.path(), &name, progress)?;
         }
     }
     if let Some(template) = bundle.chat_template() {
-        add(CHAT_TEMPLATE, Content::Text(template.to_owned()))?;
+        folder.write(CHAT_TEMPLATE, template)?;
+        folder.add(CHAT_TEMPLATE)?;
     }
-    files.sort_by(|a, b| a.name.cmp(&b.name));
-    let Naming {
-        name,
-        version,
-        licence,
-    } = naming.clone();
-    let described = bundle.manifest;
-    let manifest = Manifest {
-        name: name.unwrap_or(described.name),
-        version: version.unwrap_or_else(|| "1".into()),
-        licence: licence.unwrap_or(described.licence),
+    folder.files.sort_by(|a, b| a.name.cmp(&b.name));
+    let naming = naming.clone();
+    let described = &bundle.manifest;
+    let mut manifest = Manifest {
+        name: naming.name.unwrap_or_else(|| described.name.clone()),
+        version: naming.version.unwrap_or_else(|| "1".into()),
+        licence: naming.licence.unwrap_or_else(|| described.licence.clone()),
         precision: found.precision.into(),
-        import: Some(import),
-        files,
-        ..described
+        files: std::mem::take(&mut folder.files),
+        ..described.clone()
     };
-    let text = Content::Text(manifest.to_text()?);
-    let path = partial.path(MANIFEST);
-    text.write(&path).map_err(|source| failed(&path, source))?;
-    partial.finish(out)?;
+    if let Some(reference) = reference {
+        // What is checked is what was written.
+        progress(Stage::Comparing);
+        folder.write(MANIFEST, &manifest.to_text()?)?;
+        let written = Bundle::open(&folder.place)?;
+        guard = Guard::Passed(reference.hold(&written, &options)?);
+        let packed = &options.state_dir;
+        fs::remove_dir_all(packed).map_err(|source| failed(packed, source))?;
+    }
+    manifest.import = Some(Import {
+        graph: bundle.graph_name(),
+        form: found.parts.iter().map(form).collect(),
+        guard,
+    });
+    folder.write(MANIFEST, &manifest.to_text()?)?;
+    folder.finish(out)?;
     Ok(manifest)
 }
 
@@ -177,52 +194,60 @@ fn data_files(graph: &Path) -> Result<Vec<String>, BundlingError> {
     }
 }
 
-/// What a file is to hold.
-enum Content {
-    Text(String),
-    File(PathBuf),
-}
-
-impl Content {
-    fn bytes(&self) -> u64 {
-        match self {
-            Self::Text(text) => text.len() as u64,
-            Self::File(path) => path.metadata().map_or(0, |metadata| metadata.len()),
-        }
-    }
-
-    fn write(&self, path: &Path) -> io::Result<()> {
-        match self {
-            Self::Text(text) => fs::write(path, text)?,
-            Self::File(from) => drop(fs::copy(from, path)?),
-        }
-        File::open(path)?.sync_all()
-    }
-}
-
 /// A folder in the making, removed unless it is finished.
-struct Partial(PathBuf);
+struct Partial {
+    place: PathBuf,
+    files: Vec<FileEntry>,
+}
 
 impl Partial {
     fn beside(out: &Path) -> Result<Self, BundlingError> {
         let name = out.file_name().unwrap_or_default().to_string_lossy();
-        let path = out.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-        fs::create_dir_all(&path).map_err(|source| failed(&path, source))?;
-        Ok(Self(path))
+        let place = out.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        fs::create_dir_all(&place).map_err(|source| failed(&place, source))?;
+        Ok(Self {
+            place,
+            files: Vec::new(),
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.place.join(name)
+    }
+
+    fn copy(&mut self, from: &Path, name: &str, progress: &Progress) -> Result<(), BundlingError> {
+        let bytes = from.metadata().map_or(0, |metadata| metadata.len());
+        progress(Stage::Writing(name.to_owned(), bytes));
+        let to = self.path(name);
+        fs::copy(from, &to).map_err(|source| failed(&to, source))?;
+        self.add(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<(), BundlingError> {
+        let path = self.path(name);
+        let written = fs::write(&path, text).and_then(|()| File::open(&path)?.sync_all());
+        written.map_err(|source| failed(&path, source))
+    }
+
+    /// Takes a file that was written into the manifest.
+    fn add(&mut self, name: &str) -> Result<(), BundlingError> {
+        let path = self.path(name);
+        let entry = File::open(&path)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| FileEntry::of(&path));
+        self.files
+            .push(entry.map_err(|source| failed(&path, source))?);
+        Ok(())
     }
 
     fn finish(self, out: &Path) -> Result<(), BundlingError> {
         // An empty folder gives way to it.
-        fs::rename(&self.0, out).map_err(|source| failed(out, source))
+        fs::rename(&self.place, out).map_err(|source| failed(out, source))
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(&self.place);
     }
 }

@@ -4,6 +4,7 @@
 //! The reference streams: of one linear at a time the numbers are in memory as f32. Where tract can read how a
 //! linear is stored, it says what the linear's result is, too; elsewhere our own dequantising is the only oracle.
 
+use crate::arena::KvPrecision;
 use crate::bundle::{Bundle, Check, Guard, Kept};
 use crate::bundling::Stage;
 use crate::cores::{Cores, pool};
@@ -20,7 +21,6 @@ use millwright_kernels::{Job, Kernel, Pool, Quantised, Rows};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
@@ -95,7 +95,7 @@ pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard
         "checking the import of {} against f32 arithmetic",
         bundle.manifest.name
     );
-    let guard = measured(bundle, options, &options.state_dir, Arc::new(drop))?;
+    let guard = measured(bundle, options)?;
     let remembered = Remembered { key, guard };
     if let Err(error) = small::remember(&path, &remembered) {
         tracing::warn!(
@@ -119,69 +119,107 @@ pub(crate) fn target(bundle: &Bundle, options: &Options, guard: Option<&Guard>) 
 }
 
 /// Imports a model twice and compares; what is packed for it goes to `state_dir`.
-pub(crate) fn measured(
-    bundle: &Bundle,
-    options: &Options,
-    state_dir: &Path,
-    progress: Progress,
-) -> Result<Guard, OpenError> {
-    let options = Options {
+fn measured(bundle: &Bundle, options: &Options) -> Result<Guard, OpenError> {
+    Ok(match Reference::of(bundle, options, Arc::new(drop))? {
+        Err(why) => Guard::Unable(why),
+        Ok(reference) => Guard::Passed(reference.hold(bundle, options)?),
+    })
+}
+
+/// What a model answers in f32 arithmetic, and how its linears stand.
+pub(crate) struct Reference {
+    tokens: Vec<u32>,
+    /// `[tokens, vocab]`
+    logits: Vec<f32>,
+    vocab: usize,
+    check: Check,
+}
+
+impl Reference {
+    /// Runs a model's text through it, linear by linear; the inner error says why that can't be done.
+    pub(crate) fn of(
+        bundle: &Bundle,
+        options: &Options,
+        progress: Progress,
+    ) -> Result<Result<Self, String>, OpenError> {
+        let options = brief(options);
+        let report = Arc::new(Mutex::new(Report::default()));
+        let comparison = Comparison {
+            kernel: options.kernel()?,
+            pool: pool(1, None),
+            quantised: Quantised::new(),
+            report: Arc::clone(&report),
+            progress,
+        };
+        let exact = Target::new(Goal::Exact);
+        let mut model = match Model::of(bundle, &options, &exact, Some(Box::new(comparison))) {
+            Err(OpenError::Plan { reason, .. }) => return Ok(Err(reason)),
+            opened => opened?,
+        };
+        let mut tokens = model.text.encode(TEXT)?;
+        tokens.truncate(TOKENS.min(model.card.context_length));
+        let logits = match model.logits(&tokens) {
+            Err(reason) => return Ok(Err(reason)),
+            Ok(logits) => logits,
+        };
+        let report = std::mem::take(&mut *report.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(misread) = report.misread {
+            return Err(misread.into());
+        }
+        Ok(Ok(Self {
+            check: report.check(tokens.len()),
+            tokens,
+            logits,
+            vocab: model.vocab,
+        }))
+    }
+
+    /// Linears that eight bits would change too much.
+    pub(crate) fn kept(&mut self) -> &mut [Kept] {
+        &mut self.check.kept
+    }
+
+    /// How near the packed model comes, with its own attention or with tract's.
+    pub(crate) fn hold(self, bundle: &Bundle, options: &Options) -> Result<Check, OpenError> {
+        let options = brief(options);
+        let mut check = self.check;
+        for plain in [false, true] {
+            check.plain = plain;
+            let target = target(bundle, &options, Some(&Guard::Passed(check.clone())));
+            let mut model = Model::of(bundle, &options, &target, None)?;
+            let found = model.logits(&self.tokens);
+            let found = found.map_err(|reason| OpenError::Plan {
+                folder: bundle.dir().to_owned(),
+                reason,
+            })?;
+            check.divergence = divergence(&self.logits, &found, self.vocab);
+            if check.divergence <= DIVERGENCE_MAX {
+                return Ok(check);
+            }
+            tracing::warn!(
+                "the {} plan diverges by {:.3} nats a token",
+                model.card.plan,
+                check.divergence
+            );
+        }
+        Err(OpenError::Unfaithful {
+            folder: bundle.dir().to_owned(),
+            divergence: check.divergence,
+            limit: DIVERGENCE_MAX,
+        })
+    }
+}
+
+/// Options for one short sequence.
+fn brief(options: &Options) -> Options {
+    Options {
         threads: Some(Cores::here().threads_fast()),
-        state_dir: state_dir.to_owned(),
         slots: 1,
         kv_tokens: 2 * TOKENS,
+        kv_precision: KvPrecision::default(),
         prefill_chunk: TOKENS,
         ..options.clone()
-    };
-    let report = Arc::new(Mutex::new(Report::default()));
-    let comparison = Comparison {
-        kernel: options.kernel()?,
-        pool: pool(1, None),
-        quantised: Quantised::new(),
-        report: Arc::clone(&report),
-        progress,
-    };
-    let exact = Target::new(Goal::Exact);
-    let mut reference = match Model::of(bundle, &options, &exact, Some(Box::new(comparison))) {
-        Err(OpenError::Plan { reason, .. }) => return Ok(Guard::Unable(reason)),
-        opened => opened?,
-    };
-    let mut tokens = reference.text.encode(TEXT)?;
-    tokens.truncate(TOKENS.min(reference.card.context_length));
-    let expected = match reference.logits(&tokens) {
-        Err(reason) => return Ok(Guard::Unable(reason)),
-        Ok(logits) => logits,
-    };
-    let vocab = reference.vocab;
-    drop(reference);
-    let report = std::mem::take(&mut *report.lock().unwrap_or_else(PoisonError::into_inner));
-    if let Some(misread) = report.misread {
-        return Err(misread.into());
     }
-    let mut check = report.check(tokens.len());
-    for plain in [false, true] {
-        check.plain = plain;
-        let target = target(bundle, &options, Some(&Guard::Passed(check.clone())));
-        let mut model = Model::of(bundle, &options, &target, None)?;
-        let found = model.logits(&tokens).map_err(|reason| OpenError::Plan {
-            folder: bundle.dir().to_owned(),
-            reason,
-        })?;
-        check.divergence = divergence(&expected, &found, vocab);
-        if check.divergence <= DIVERGENCE_MAX {
-            return Ok(Guard::Passed(check));
-        }
-        tracing::warn!(
-            "the {} plan diverges by {:.3} nats a token",
-            model.card.plan,
-            check.divergence
-        );
-    }
-    Err(OpenError::Unfaithful {
-        folder: bundle.dir().to_owned(),
-        divergence: check.divergence,
-        limit: DIVERGENCE_MAX,
-    })
 }
 
 impl Model {

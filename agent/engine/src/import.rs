@@ -19,6 +19,7 @@ mod tidy;
 mod weight;
 
 pub(crate) use fuse::PROJECT;
+pub(crate) use keep::kept_matrix;
 
 use crate::folder::Heads;
 use crate::onnx::{Graph, GraphError, ints};

@@ -5,8 +5,8 @@ mod skeleton;
 mod tensors;
 
 pub(crate) use node::{
-    float, input, int, int_attribute, int_vector, ints, is_or_absent, new_node, output, with_float,
-    with_ints,
+    float, float_tensor, input, int, int_attribute, int_vector, ints, is_or_absent, new_node,
+    output, with_float, with_ints,
 };
 pub(crate) use tensors::{Numbers, dims, elements};
 

@@ -197,10 +197,33 @@ fn bundled(model: &Path, options: &Options, out: &Path) -> Result<Manifest, Bund
     make(model, &Naming::default(), options, out, &progress)
 }
 
+/// Makes a bundle of a form and holds it to the folder.
+fn answers_alike(form: &str, bias: bool) -> TempDir {
+    let folder = written(form, bias);
+    let (model, out) = (folder.path().join("out"), folder.path().join("bundle"));
+    let made = bundled(&model, &options(&folder), &out).unwrap();
+    let import = made.import.as_ref().unwrap();
+    let plain = matches!(&import.guard, Guard::Passed(check) if !check.plain);
+    assert!(plain, "{form}: {import:?}");
+    assert!(["int8", "q4"].contains(&made.precision.as_str()), "{form}");
+    let bundle = Bundle::open(&out).unwrap();
+    bundle.verify().unwrap();
+    assert_eq!(bundle.manifest, made);
+    let mut source = Engine::open(&model, &options(&folder)).unwrap();
+    let mut engine = Engine::open(&out, &options(&folder)).unwrap();
+    assert_eq!(engine.card().guard.as_ref(), Some(&import.guard));
+    let alike = |card: &Card| (card.plan, card.exact, card.chat, card.context_length);
+    assert_eq!(alike(engine.card()), alike(source.card()), "{form}");
+    assert_eq!(logits(&mut engine), logits(&mut source), "{form}");
+    // Nothing else is left beside it.
+    let beside = fs::read_dir(folder.path()).unwrap();
+    assert_eq!(beside.count(), 3, "out, bundle and state");
+    folder
+}
+
 #[test]
 fn a_bundle_runs_as_the_folder_it_was_made_of() {
     for form in [
-        "f32",
         "dynamic-int8",
         "merged",
         "q4",
@@ -208,26 +231,36 @@ fn a_bundle_runs_as_the_folder_it_was_made_of() {
         "qdq-block",
         "q8-zp",
     ] {
-        let folder = written(form, false);
-        let (model, out) = (folder.path().join("out"), folder.path().join("bundle"));
-        let made = bundled(&model, &options(&folder), &out).unwrap();
-        let import = made.import.as_ref().unwrap();
-        assert!(
-            matches!(&import.guard, Guard::Passed(check) if !check.plain),
-            "{form}"
-        );
-        assert!(["int8", "q4"].contains(&made.precision.as_str()), "{form}");
-        let bundle = Bundle::open(&out).unwrap();
-        bundle.verify().unwrap();
-        assert_eq!(bundle.manifest, made);
-        let mut source = Engine::open(&model, &options(&folder)).unwrap();
-        let mut engine = Engine::open(&out, &options(&folder)).unwrap();
-        assert_eq!(engine.card().guard.as_ref(), Some(&import.guard));
-        assert_eq!(engine.card().chat, source.card().chat);
-        assert_eq!(logits(&mut engine), logits(&mut source), "{form}");
-        // Nothing else is left beside it.
-        let beside = fs::read_dir(folder.path()).unwrap();
-        assert_eq!(beside.count(), 3, "out, bundle and state");
+        answers_alike(form, false);
+    }
+}
+
+#[test]
+fn a_bundle_of_floats_is_small_and_runs_as_they_do() {
+    for form in [
+        "f32",
+        "f32-sdpa",
+        "f16",
+        "genai-f16",
+        "opset23-mask",
+        "gemma",
+        "mistral",
+    ] {
+        for bias in [false, true] {
+            let folder = answers_alike(form, bias);
+            let bytes = |of: &str| {
+                fs::metadata(folder.path().join("bundle").join(of))
+                    .unwrap()
+                    .len()
+            };
+            let matrices = bytes("model.onnx.data");
+            assert!(
+                bytes("model.onnx") < matrices,
+                "{form}: what is big lies outside"
+            );
+            let config = fs::read(folder.path().join("bundle/config.json")).unwrap();
+            assert!(!config.is_empty());
+        }
     }
 }
 

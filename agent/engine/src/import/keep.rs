@@ -1,12 +1,16 @@
 //! Leaves linears to tract whose results eight bits would change too much: a product in f32 in the place of ours.
 
 use super::LINEAR;
-use crate::onnx::{Graph, GraphError, ints, new_node};
+use crate::onnx::{Graph, GraphError, float_tensor, ints, new_node};
 use crate::recipe::Recipe;
 use crate::source::Source;
 use std::collections::BTreeSet;
-use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{NodeProto, TensorProto};
+use tract_onnx::pb::NodeProto;
+
+/// What the f32 matrix is called of a linear with this output that is kept.
+pub(crate) fn kept_matrix(linear: &str) -> String {
+    format!("{linear}/matrix")
+}
 
 /// Replaces the linears on these weights, named by their initializers.
 pub(super) fn keep(
@@ -52,9 +56,9 @@ fn product(
     let mut values = Vec::new();
     source.values(0..rows, &mut values);
     let (x, out) = (&linear.input[0], &linear.output[0]);
-    let [matrix, turned, made, bias] =
-        ["matrix", "turned", "product", "bias"].map(|part| format!("{out}/{part}"));
-    store(graph, &matrix, &[rows, cols], &values);
+    let matrix = kept_matrix(out);
+    let [turned, made, bias] = ["turned", "product", "bias"].map(|part| format!("{out}/{part}"));
+    let mut stored = vec![float_tensor(&matrix, &[rows, cols], &values)];
     let made = match ints(linear, "bias") {
         [] => out,
         _ => &made,
@@ -64,18 +68,13 @@ fn product(
         new_node("MatMul", &[x, &turned], &[made]),
     ];
     if let [table] = ints(linear, "bias") {
-        store(graph, &bias, &[rows], &recipe.tables[*table as usize]);
+        stored.push(float_tensor(
+            &bias,
+            &[rows],
+            &recipe.tables[*table as usize],
+        ));
         nodes.push(new_node("Add", &[made, &bias], &[out]));
     }
+    graph.proto_mut().initializer.extend(stored);
     Ok(nodes)
-}
-
-fn store(graph: &mut Graph, name: &str, dims: &[usize], values: &[f32]) {
-    graph.proto_mut().initializer.push(TensorProto {
-        name: name.to_owned(),
-        dims: dims.iter().map(|&dim| dim as i64).collect(),
-        data_type: DataType::Float as i32,
-        raw_data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        ..TensorProto::default()
-    });
 }

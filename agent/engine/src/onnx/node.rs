@@ -81,6 +81,17 @@ pub(crate) fn int_vector(name: &str, values: Vec<i64>) -> TensorProto {
     }
 }
 
+/// Stored f32 numbers, to be added to a graph.
+pub(crate) fn float_tensor(name: &str, dims: &[usize], values: &[f32]) -> TensorProto {
+    TensorProto {
+        name: name.into(),
+        data_type: DataType::Float as i32,
+        dims: dims.iter().map(|&dim| dim as i64).collect(),
+        raw_data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        ..TensorProto::default()
+    }
+}
+
 /// A node's input, if it has this one.
 pub(crate) fn input(node: &NodeProto, index: usize) -> Option<&str> {
     let name = node.input.get(index).map(String::as_str);
