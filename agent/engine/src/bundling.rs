@@ -93,15 +93,13 @@ pub fn make(
         file: None,
         ..options.clone()
     };
-    let reference = match options.guard {
-        true => Some(Reference::of(&bundle, &options, Arc::clone(progress))?),
-        false => None,
-    };
-    let (mut guard, mut reference) = match reference {
-        None => (Guard::Skipped, None),
-        Some(Err(why)) => (Guard::Unable(why), None),
-        Some(Ok(reference)) => (Guard::Skipped, Some(reference)),
-    };
+    let (mut guard, mut reference) = (Guard::Skipped, None);
+    if options.guard {
+        match Reference::of(&bundle, &options, Arc::clone(progress))? {
+            Err(why) => guard = Guard::Unable(why),
+            Ok(run) => reference = Some(run),
+        }
+    }
     let kept = reference.as_mut().map_or(&mut [][..], Reference::kept);
     let weights = kept.iter().map(|kept| kept.weight.clone()).collect();
     if let Some(floats) = Floats::of(&bundle, &weights).map_err(OpenError::from)? {
