@@ -4,11 +4,11 @@
 mod narrow;
 
 use crate::bundle::{
-    Bundle, BundleError, CHAT_TEMPLATE, FileEntry, GRAPH, Guard, Import, MANIFEST, Manifest,
+    Bundle, BundleError, CHAT_TEMPLATE, FileEntry, GRAPH, Guard, Import, Kept, MANIFEST, Manifest,
     TOKENIZER, WEIGHTS,
 };
 use crate::folder::{CONFIG, GENAI, TOKENIZER_CONFIG};
-use crate::guard::{Progress, Reference};
+use crate::guard::{self, Progress, Reference};
 use crate::import::kept_matrix;
 use crate::inspect::{Part, inspect};
 use crate::onnx::Graph;
@@ -40,8 +40,8 @@ pub enum Stage {
     Checking(usize, usize),
     /// Writing this file of so many bytes.
     Writing(String, u64),
-    /// Packing what was written and comparing its answers.
-    Comparing,
+    /// Packing what was written and running it.
+    Trying,
 }
 
 /// Why a folder can't be made a bundle.
@@ -101,24 +101,7 @@ pub fn make(
         }
     }
     let kept = reference.as_mut().map_or(&mut [][..], Reference::kept);
-    let weights = kept.iter().map(|kept| kept.weight.clone()).collect();
-    if let Some(floats) = Floats::of(&bundle, &weights).map_err(OpenError::from)? {
-        for kept in kept {
-            kept.weight = kept_matrix(&kept.linear);
-        }
-        progress(Stage::Writing(WEIGHTS.into(), floats.bytes()));
-        floats.write(&folder.path(GRAPH), &folder.path(WEIGHTS))?;
-        folder.add(GRAPH)?;
-        folder.add(WEIGHTS)?;
-    } else {
-        let graph = bundle.graph();
-        let beside = graph.parent().unwrap_or(Path::new("."));
-        let data = data_files(&graph)?;
-        folder.copy(&graph, GRAPH, progress)?;
-        for name in data {
-            folder.copy(&beside.join(&name), &name, progress)?;
-        }
-    }
+    folder.graph(&bundle, kept, progress)?;
     for entry in fs::read_dir(source).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let wanted = [TOKENIZER, TOKENIZER_CONFIG, CONFIG, GENAI].contains(&name.as_str());
@@ -141,15 +124,17 @@ pub fn make(
         files: std::mem::take(&mut folder.files),
         ..described.clone()
     };
-    if let Some(reference) = reference {
-        // What is checked is what was written.
-        progress(Stage::Comparing);
-        folder.write(MANIFEST, &manifest.to_text()?)?;
-        let written = Bundle::open(&folder.place)?;
-        guard = Guard::Passed(reference.hold(&written, &options)?);
-        let packed = &options.state_dir;
-        fs::remove_dir_all(packed).map_err(|source| failed(packed, source))?;
-    }
+    // What is tried is what was written.
+    progress(Stage::Trying);
+    folder.write(MANIFEST, &manifest.to_text()?)?;
+    let written = Bundle::open(&folder.place)?;
+    let tried = match reference {
+        Some(reference) => reference.hold(&written, &options).map(Guard::Passed),
+        None => guard::runs(&written, &options).map(|()| guard),
+    };
+    let guard = tried.map_err(|error| error.at(source))?;
+    let packed = &options.state_dir;
+    fs::remove_dir_all(packed).map_err(|source| failed(packed, source))?;
     manifest.import = Some(Import {
         graph: bundle.graph_name(),
         form: found.parts.iter().map(form).collect(),
@@ -211,6 +196,33 @@ impl Partial {
 
     fn path(&self, name: &str) -> PathBuf {
         self.place.join(name)
+    }
+
+    /// Writes the graph and its data: floats quantised, all else as it is. Names what is kept anew where that changes.
+    fn graph(
+        &mut self,
+        bundle: &Bundle,
+        kept: &mut [Kept],
+        progress: &Progress,
+    ) -> Result<(), BundlingError> {
+        let weights = kept.iter().map(|kept| kept.weight.clone()).collect();
+        if let Some(floats) = Floats::of(bundle, &weights).map_err(OpenError::from)? {
+            progress(Stage::Writing(WEIGHTS.into(), floats.bytes()));
+            floats.write(&self.path(GRAPH), &self.path(WEIGHTS))?;
+            for kept in kept {
+                kept.weight = kept_matrix(&kept.linear);
+            }
+            self.add(GRAPH)?;
+            return self.add(WEIGHTS);
+        }
+        let graph = bundle.graph();
+        let beside = graph.parent().unwrap_or(Path::new("."));
+        let data = data_files(&graph)?;
+        self.copy(&graph, GRAPH, progress)?;
+        for name in data {
+            self.copy(&beside.join(&name), &name, progress)?;
+        }
+        Ok(())
     }
 
     fn copy(&mut self, from: &Path, name: &str, progress: &Progress) -> Result<(), BundlingError> {

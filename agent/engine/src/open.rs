@@ -15,7 +15,7 @@ use crate::tuning::{self, Key, Threads};
 use millwright_kernels::{Kernel, KernelError};
 use prost::Message;
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use tract_onnx::pb::ModelProto;
@@ -122,6 +122,16 @@ pub enum OpenError {
         divergence: f64,
         limit: f64,
     },
+}
+
+impl OpenError {
+    /// The same of another folder: that which the user knows.
+    pub(crate) fn at(mut self, place: &Path) -> Self {
+        if let Self::Plan { folder, .. } | Self::Unfaithful { folder, .. } = &mut self {
+            place.clone_into(folder);
+        }
+        self
+    }
 }
 
 /// What a model is and how it runs here.

@@ -332,7 +332,17 @@ fn folders_that_cannot_become_bundles_are_left_as_they_are() {
     bundled(&model, &options(&folder), &out).unwrap();
     let error = bundled(&out, &options(&folder), &folder.path().join("again")).unwrap_err();
     assert!(matches!(error, BundlingError::Already(_)), "{error}");
-    fs::write(model.join("onnx/model_q8.onnx"), "nothing").unwrap();
+    // The guard can't run it, and nothing else can.
+    let graph = model.join("onnx/model_q8.onnx");
+    let mut unknown = ModelProto::decode(&*fs::read(&graph).unwrap()).unwrap();
+    let nodes = &mut unknown.graph.as_mut().unwrap().node;
+    let softmax = nodes.iter_mut().find(|node| node.op_type == "Softmax");
+    softmax.unwrap().op_type = "Sparsemax".into();
+    fs::write(&graph, unknown.encode_to_vec()).unwrap();
+    let error = bundled(&model, &options(&folder), &folder.path().join("again")).unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("Sparsemax") && said.contains("/out"), "{said}");
+    fs::write(&graph, "nothing").unwrap();
     let error = bundled(&model, &options(&folder), &folder.path().join("again")).unwrap_err();
     assert!(matches!(error, BundlingError::Open(_)), "{error}");
     assert!(!folder.path().join("again").exists());

@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let text = match stage {
             Stage::Reading => "reading the graph".to_owned(),
             Stage::Checking(linear, of) => format!("checking linear {linear} of {of}"),
-            Stage::Comparing => "comparing the answers of what was written".to_owned(),
+            Stage::Trying => "trying what was written".to_owned(),
             Stage::Writing(name, bytes) => {
                 format!("writing {name}, {:.1} MB", bytes as f64 / MEGA)
             }
