@@ -124,16 +124,16 @@ pub struct Check {
     pub oracle: String,
     /// The linear that eight bits change most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub worst: Option<Kept>,
+    pub worst: Option<Change>,
     /// Linears that would change too much, and so stay in f32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub kept: Vec<Kept>,
+    pub kept: Vec<Change>,
 }
 
 /// A linear, and what packing changes of its result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Kept {
+pub struct Change {
     /// Its output's name in the graph.
     pub linear: String,
     /// Its weight's.

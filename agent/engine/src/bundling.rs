@@ -4,8 +4,8 @@
 mod narrow;
 
 use crate::bundle::{
-    Bundle, BundleError, CHAT_TEMPLATE, FileEntry, GRAPH, Guard, Import, Kept, MANIFEST, Manifest,
-    TOKENIZER, WEIGHTS,
+    Bundle, BundleError, CHAT_TEMPLATE, Change, FileEntry, GRAPH, Guard, Import, MANIFEST,
+    Manifest, TOKENIZER, WEIGHTS,
 };
 use crate::folder::{CONFIG, GENAI, TOKENIZER_CONFIG};
 use crate::guard::{self, Progress, Reference};
@@ -202,7 +202,7 @@ impl Partial {
     fn graph(
         &mut self,
         bundle: &Bundle,
-        kept: &mut [Kept],
+        kept: &mut [Change],
         progress: &Progress,
     ) -> Result<(), BundlingError> {
         let weights = kept.iter().map(|kept| kept.weight.clone()).collect();

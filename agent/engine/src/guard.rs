@@ -5,7 +5,7 @@
 //! linear is stored, it says what the linear's result is, too; elsewhere our own dequantising is the only oracle.
 
 use crate::arena::KvPrecision;
-use crate::bundle::{Bundle, Check, Guard, Kept};
+use crate::bundle::{Bundle, Change, Check, Guard};
 use crate::bundling::Stage;
 use crate::cores::{Cores, pool};
 use crate::import::{Goal, Target};
@@ -108,10 +108,10 @@ pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard
 }
 
 /// What importing is to make of a graph, after all that is known of it.
-pub(crate) fn target(bundle: &Bundle, options: &Options, guard: Option<&Guard>) -> Target {
-    let mut target = Target::new(goal(bundle, options.plan));
+pub(crate) fn target(bundle: &Bundle, plan: PlanChoice, guard: Option<&Guard>) -> Target {
+    let mut target = Target::new(goal(bundle, plan));
     if let Some(Guard::Passed(check)) = guard {
-        if check.plain && options.plan == PlanChoice::Auto {
+        if check.plain && plan == PlanChoice::Auto {
             target.goal = Goal::Plain;
         }
         target.kept = check.kept.iter().map(|kept| kept.weight.clone()).collect();
@@ -176,7 +176,7 @@ impl Reference {
     }
 
     /// Linears that eight bits would change too much.
-    pub(crate) fn kept(&mut self) -> &mut [Kept] {
+    pub(crate) fn kept(&mut self) -> &mut [Change] {
         &mut self.check.kept
     }
 
@@ -186,7 +186,7 @@ impl Reference {
         let mut check = self.check;
         for plain in [false, true] {
             check.plain = plain;
-            let target = target(bundle, &options, Some(&Guard::Passed(check.clone())));
+            let target = target(bundle, options.plan, Some(&Guard::Passed(check.clone())));
             let mut model = Model::of(bundle, &options, &target, None)?;
             let found = model.logits(&self.tokens);
             let found = found.map_err(|reason| OpenError::Plan {
@@ -214,7 +214,7 @@ impl Reference {
 /// Whether a model can be run as it is, when there is nothing to compare it with.
 pub(crate) fn runs(bundle: &Bundle, options: &Options) -> Result<(), OpenError> {
     let options = brief(options);
-    Model::of(bundle, &options, &target(bundle, &options, None), None).map(drop)
+    Model::of(bundle, &options, &target(bundle, options.plan, None), None).map(drop)
 }
 
 /// Options for one short sequence.
@@ -310,8 +310,8 @@ struct Report {
     /// By their outputs: a text may have to be run twice.
     linears: HashSet<String>,
     by_tract: usize,
-    worst: Option<Kept>,
-    kept: Vec<Kept>,
+    worst: Option<Change>,
+    kept: Vec<Change>,
     misread: Option<Misread>,
 }
 
@@ -362,7 +362,7 @@ impl Witness for Comparison {
             report.linears.len(),
             exact.recipe.linears.len(),
         ));
-        let known = Kept {
+        let known = Change {
             weight: weight.values.clone(),
             linear: seen.name.to_owned(),
             error,

@@ -1,9 +1,10 @@
 //! What a model's folder holds and how it would run, found by importing it; nothing is packed and no text is made.
 
-use crate::bundle::Bundle;
-use crate::import::{EMBED, Target, import};
+use crate::bundle::{Bundle, Guard};
+use crate::guard;
+use crate::import::{EMBED, import};
 use crate::onnx::{Graph, dims, elements, ints};
-use crate::open::{OpenError, PlanChoice, goal};
+use crate::open::{OpenError, PlanChoice};
 use crate::pack::Sizes;
 use crate::recipe::{Form, Scope, WeightSource};
 use crate::text::Text;
@@ -50,6 +51,8 @@ pub struct Inspection {
     pub tokenizer_bytes: usize,
     /// Whether it takes `chat` tasks.
     pub chat: bool,
+    /// How an imported bundle was checked; a folder is checked when it is first opened.
+    pub guard: Option<Guard>,
 }
 
 /// Matrices that are stored alike.
@@ -69,11 +72,9 @@ pub struct Part {
 pub fn inspect(folder: &Path, file: Option<&str>) -> Result<Inspection, OpenError> {
     let bundle = Bundle::open_file(folder, file)?;
     let text = Text::open(&bundle)?;
-    let imported = import(
-        &bundle.graph(),
-        bundle.heads(),
-        &Target::new(goal(&bundle, PlanChoice::Auto)),
-    )?;
+    let guard = bundle.manifest.import.as_ref().map(|import| &import.guard);
+    let target = guard::target(&bundle, PlanChoice::Auto, guard);
+    let imported = import(&bundle.graph(), bundle.heads(), &target)?;
     let sizes = Sizes::of(&imported)?;
     let recipe = &imported.recipe;
     let roles = Roles::of(&imported.graph);
@@ -129,6 +130,7 @@ pub fn inspect(folder: &Path, file: Option<&str>) -> Result<Inspection, OpenErro
         kv_bytes_per_token: geometry.map(|g| g.layers * g.kv_heads * g.head_dim * 2 * 2),
         tokenizer_bytes: text.bytes(),
         chat: text.has_template(),
+        guard: guard.cloned(),
     })
 }
 

@@ -152,7 +152,7 @@ impl Engine {
     pub fn open(folder: &Path, options: &Options) -> Result<Self, OpenError> {
         let bundle = Bundle::open_file(folder, options.file.as_deref())?;
         let guard = guard::settled(&bundle, options)?;
-        let target = guard::target(&bundle, options, guard.as_ref());
+        let target = guard::target(&bundle, options.plan, guard.as_ref());
         let mut model = Model::of(&bundle, options, &target, None)?;
         model.card.guard = guard;
         Ok(Self {

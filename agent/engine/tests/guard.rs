@@ -341,7 +341,10 @@ fn folders_that_cannot_become_bundles_are_left_as_they_are() {
     fs::write(&graph, unknown.encode_to_vec()).unwrap();
     let error = bundled(&model, &options(&folder), &folder.path().join("again")).unwrap_err();
     let said = error.to_string();
-    assert!(said.contains("Sparsemax") && said.contains("/out"), "{said}");
+    assert!(
+        said.contains("Sparsemax") && said.contains("/out"),
+        "{said}"
+    );
     fs::write(&graph, "nothing").unwrap();
     let error = bundled(&model, &options(&folder), &folder.path().join("again")).unwrap_err();
     assert!(matches!(error, BundlingError::Open(_)), "{error}");

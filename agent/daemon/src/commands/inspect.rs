@@ -71,6 +71,9 @@ fn print(found: &Inspection) {
     for note in &found.notes {
         line("note", note.clone());
     }
+    if let Some(guard) = &found.guard {
+        line("guard", guard.to_string());
+    }
     line(
         "chat",
         if found.chat {
