@@ -155,7 +155,7 @@ fn an_exporters_folder_is_looked_at_and_answers_as_it_is() {
         said.contains("press 1, q4") && said.contains("nats a token") && said.contains(bundle),
         "{said}"
     );
-    fails(&import, &["not empty"]);
+    fails(&import, &["no empty folder"]);
     let found = json(&["model", "inspect", bundle, "--json"], &fields);
     assert_eq!(found["name"], "press");
 }

@@ -63,11 +63,11 @@ impl Command {
                 runtime()?.block_on(ask::run(args))
             }
             Self::Generate(args) => {
-                log("warn");
+                log(LOCAL);
                 generate::run(&args)
             }
             Self::Bench(args) => {
-                log("warn");
+                log(LOCAL);
                 bench::run(&args)
             }
             Self::Model(ModelCommand::Inspect(args)) => {
@@ -79,12 +79,15 @@ impl Command {
                 import::run(&args)
             }
             Self::Eval(args) => {
-                log("warn");
+                log(LOCAL);
                 eval::run(&args)
             }
         }
     }
 }
+
+/// Where a model is run in front of somebody, they hear what takes long at its first start.
+const LOCAL: &str = "warn,millwright_engine::guard=info,millwright_engine::pack=info";
 
 /// Logs go to stderr; `MILLWRIGHT_LOG` says how much, as `RUST_LOG` does elsewhere. The MQTT client's own
 /// warnings repeat what we say better, and tract warns of each opset that it was not tested with.

@@ -61,9 +61,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Import {
-    /// The graph's name there.
-    pub graph: String,
-    /// What it holds, and what each is packed as.
+    /// What its graph holds, and what each is packed as.
     pub form: Vec<String>,
     pub guard: Guard,
 }
@@ -125,7 +123,7 @@ pub struct Check {
     /// The linear that eight bits change most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst: Option<Change>,
-    /// Linears that would change too much, and so stay in f32.
+    /// Linears that would change too much, and so stay in f32; their weights by their names in this bundle.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kept: Vec<Change>,
 }
@@ -384,6 +382,20 @@ impl Manifest {
                 && !entry.name.contains(['/', '\\', '\0']);
             if !plain {
                 return Err(format!("{:?} is not a plain file name", entry.name));
+            }
+        }
+        if let Some(Import {
+            guard: Guard::Passed(check),
+            ..
+        }) = &manifest.import
+        {
+            let errors = check
+                .worst
+                .iter()
+                .chain(&check.kept)
+                .map(|change| change.error);
+            if !errors.chain([check.divergence]).all(f64::is_finite) {
+                return Err("the guard's figures are not all numbers".into());
             }
         }
         for needed in [GRAPH, TOKENIZER] {

@@ -12,9 +12,11 @@ use crate::import::{Goal, Target};
 use crate::onnx::{Graph, elements, value_info};
 use crate::open::{Model, OpenError, Options, PlanChoice, goal};
 use crate::pack::{IMPORT, each_tile};
+use crate::recipe::Form;
 use crate::reference::{Exact, Seen, Witness};
 use crate::small;
 use crate::source::Source;
+use crate::text::bounded;
 use crate::turn::{Batch, Row};
 use millwright_kernels::packed::{Packed, Shape, TILE_ROWS};
 use millwright_kernels::{Job, Kernel, Pool, Quantised, Rows};
@@ -25,7 +27,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
-use tract_onnx::tract_core::internal::{TractErrorContext, bail, ensure};
+use tract_onnx::tract_core::internal::{TractErrorContext, ensure};
 
 /// What the model reads to be measured, as far as [`TOKENS`]: prose, a record, a program.
 const TEXT: &str = "Pump 7 in hall B ran hot on Tuesday: 81 °C at the drive end, where 65 °C is normal. The oil was \
@@ -40,8 +42,9 @@ const LINEAR_MAX: f64 = 0.1;
 const DIVERGENCE_MAX: f64 = 0.05;
 /// How far two f32 computations of a linear may be off each other, as a share of the result.
 const ROUNDING: f64 = 1e-3;
-/// Larger linears are not shown to tract, which would hold them in f32 several times.
-const TRACT_MAX: usize = 48 << 20;
+/// Larger linears are not shown to tract, which would hold them in f32 several times: a gateway may have little more
+/// memory than the packed model needs.
+const TRACT_MAX: usize = 8 << 20;
 /// Weights of a linear that are packed at a time.
 const PANEL: usize = 1 << 20;
 
@@ -60,7 +63,32 @@ struct Key {
 #[derive(Serialize, Deserialize)]
 struct Remembered {
     key: Key,
-    guard: Guard,
+    found: Result<Guard, Refusal>,
+}
+
+/// Why a model is refused: its packed form answers otherwise.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error(
+    "its import diverges by {divergence:.3} nats a token from the same weights in f32 arithmetic, where \
+     {DIVERGENCE_MAX} is the most{}",
+    self.blame()
+)]
+pub struct Refusal {
+    divergence: f64,
+    worst: Option<Change>,
+}
+
+impl Refusal {
+    fn blame(&self) -> String {
+        let text = |worst: &Change| {
+            let percent = 100.0 * worst.error;
+            format!(
+                "; eight bits change {} most, by {percent:.0} %",
+                worst.linear
+            )
+        };
+        self.worst.as_ref().map(text).unwrap_or_default()
+    }
 }
 
 /// What is known of a model's import: as its manifest says, as `state_dir` remembers, or measured now. `None` for a
@@ -88,7 +116,7 @@ pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard
     );
     let path = options.state_dir.join(name);
     match small::recall::<Remembered>(&path) {
-        Ok(Some(known)) if known.key == key => return Ok(Some(known.guard)),
+        Ok(Some(known)) if known.key == key => return known.outcome(bundle),
         Ok(_) => {}
         Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
     }
@@ -96,15 +124,29 @@ pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard
         "checking the import of {} against f32 arithmetic",
         bundle.manifest.name
     );
-    let guard = measured(bundle, options)?;
-    let remembered = Remembered { key, guard };
+    let found = match measured(bundle, options) {
+        Err(OpenError::Unfaithful { refusal, .. }) => Err(refusal),
+        found => Ok(found?),
+    };
+    let remembered = Remembered { key, found };
     if let Err(error) = small::remember(&path, &remembered) {
         tracing::warn!(
             "{} can't be written, so the next start measures again: {error}",
             path.display()
         );
     }
-    Ok(Some(remembered.guard))
+    remembered.outcome(bundle)
+}
+
+impl Remembered {
+    fn outcome(self, bundle: &Bundle) -> Result<Option<Guard>, OpenError> {
+        self.found
+            .map(Some)
+            .map_err(|refusal| OpenError::Unfaithful {
+                folder: bundle.dir().to_owned(),
+                refusal,
+            })
+    }
 }
 
 /// What importing is to make of a graph, after all that is known of it.
@@ -123,7 +165,16 @@ pub(crate) fn target(bundle: &Bundle, plan: PlanChoice, guard: Option<&Guard>) -
 fn measured(bundle: &Bundle, options: &Options) -> Result<Guard, OpenError> {
     Ok(match Reference::of(bundle, options, Arc::new(drop))? {
         Err(why) => Guard::Unable(why),
-        Ok(reference) => Guard::Passed(reference.hold(bundle, options)?),
+        Ok(reference) => {
+            let check = reference.hold(bundle, options)?;
+            for change in &check.kept {
+                let (linear, percent) = (&change.linear, 100.0 * change.error);
+                tracing::warn!(
+                    "{linear} stays in f32: eight bits would change it by {percent:.0} %"
+                );
+            }
+            Guard::Passed(check)
+        }
     })
 }
 
@@ -154,25 +205,33 @@ impl Reference {
         };
         let exact = Target::new(Goal::Exact);
         let mut model = match Model::of(bundle, &options, &exact, Some(Box::new(comparison))) {
-            Err(OpenError::Plan { reason, .. }) => return Ok(Err(reason)),
+            Err(OpenError::Plan { reason, .. }) => return Ok(Err(bounded(&reason))),
             opened => opened?,
         };
         let mut tokens = model.text.encode(TEXT)?;
         tokens.truncate(TOKENS.min(model.card.context_length));
-        let logits = match model.logits(&tokens) {
-            Err(reason) => return Ok(Err(reason)),
-            Ok(logits) => logits,
-        };
+        if tokens.is_empty() {
+            return Ok(Err("its tokenizer makes nothing of the text".into()));
+        }
+        // A model that never needs tract's attention may make tract panic there.
+        let run = catch_unwind(AssertUnwindSafe(|| model.logits(&tokens)));
+        let logits = run.unwrap_or_else(|_| Err("tract panicked".into()));
         let report = std::mem::take(&mut *report.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(misread) = report.misread {
-            return Err(misread.into());
+            return Err(OpenError::Misread {
+                folder: bundle.dir().to_owned(),
+                misread,
+            });
         }
-        Ok(Ok(Self {
-            check: report.check(tokens.len()),
-            tokens,
-            logits,
-            vocab: model.vocab,
-        }))
+        Ok(match logits {
+            Err(reason) => Err(bounded(&reason)),
+            Ok(logits) => Ok(Self {
+                check: report.check(),
+                tokens,
+                logits,
+                vocab: model.vocab,
+            }),
+        })
     }
 
     /// Linears that eight bits would change too much.
@@ -193,20 +252,24 @@ impl Reference {
                 folder: bundle.dir().to_owned(),
                 reason,
             })?;
-            check.divergence = divergence(&self.logits, &found, self.vocab);
+            (check.divergence, check.tokens) = divergence(&self.logits, &found, self.vocab);
             if check.divergence <= DIVERGENCE_MAX {
                 return Ok(check);
             }
+            if model.card.plan == "plain" {
+                break;
+            }
+            let beyond = check.divergence;
             tracing::warn!(
-                "the {} plan diverges by {:.3} nats a token",
-                model.card.plan,
-                check.divergence
+                "fused attention diverges by {beyond:.3} nats a token; tract's is tried"
             );
         }
         Err(OpenError::Unfaithful {
             folder: bundle.dir().to_owned(),
-            divergence: check.divergence,
-            limit: DIVERGENCE_MAX,
+            refusal: Refusal {
+                divergence: check.divergence,
+                worst: check.worst,
+            },
         })
     }
 }
@@ -260,8 +323,8 @@ impl Model {
     }
 }
 
-/// The mean of KL(expected ‖ found) over the last rows that both have, in nats.
-fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> f64 {
+/// The mean of KL(expected ‖ found) over the last rows that both have, in nats, and how many these are.
+fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> (f64, usize) {
     let norm = |row: &[f32]| {
         let most = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         most + row
@@ -273,7 +336,7 @@ fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> f64 {
     let rows = expected
         .rchunks_exact(vocab)
         .zip(found.rchunks_exact(vocab));
-    let count = rows.len().max(1);
+    let count = rows.len();
     let sum: f64 = rows
         .map(|(p, q)| {
             let (of_p, of_q) = (norm(p), norm(q));
@@ -286,17 +349,18 @@ fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> f64 {
         .sum();
     let mean = sum / count as f64;
     // What isn't a number is no agreement.
-    if mean.is_finite() {
+    let mean = if mean.is_finite() {
         mean.max(0.0)
     } else {
         f64::MAX
-    }
+    };
+    (mean, count)
 }
 
-/// Why an import is refused: our reading of a weight is not tract's.
+/// Our reading of a weight is not tract's.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error(
-    "the linear {linear} on {weight} is read in another way than tract reads it: their results differ by {error:.2e} of them"
+    "the linear {linear} on {weight} is read in another way than tract reads it: the results are {error:.2e} of them apart"
 )]
 pub struct Misread {
     linear: String,
@@ -316,7 +380,7 @@ struct Report {
 }
 
 impl Report {
-    fn check(self, tokens: usize) -> Check {
+    fn check(self) -> Check {
         let oracle = match (self.by_tract, self.linears.len()) {
             (0, _) => "own".to_owned(),
             (some, all) if some == all => "tract".to_owned(),
@@ -324,7 +388,7 @@ impl Report {
         };
         Check {
             divergence: 0.0,
-            tokens,
+            tokens: 0,
             plain: false,
             oracle,
             worst: self.worst,
@@ -348,8 +412,12 @@ impl Witness for Comparison {
         if known(&self.report.lock().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(());
         }
-        let error = self.error(exact, seen)?;
         let weight = seen.weight;
+        let error = match self.error(exact, seen) {
+            // Numbers that can't be quantised.
+            Err(_) if matches!(weight.form, Form::Floats(_)) => f64::MAX,
+            error => error?,
+        };
         let origin = exact.recipe.origins.get(seen.name);
         let small = weight.rows * weight.cols <= TRACT_MAX;
         let by_tract = origin.filter(|_| small).and_then(|nodes| {
@@ -367,7 +435,9 @@ impl Witness for Comparison {
             linear: seen.name.to_owned(),
             error,
         };
-        if let Some(theirs) = by_tract {
+        // What overflows proves nothing.
+        let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        if let Some(theirs) = by_tract.filter(|theirs| finite(theirs) && finite(seen.y)) {
             report.by_tract += 1;
             let error = apart(seen.y, &theirs).share();
             if error > ROUNDING {
@@ -379,12 +449,6 @@ impl Witness for Comparison {
             }
         }
         if error > LINEAR_MAX {
-            tracing::warn!(
-                "the linear {} on {} stays in f32: eight bits would change its result by {:.1} %",
-                known.linear,
-                known.weight,
-                100.0 * error
-            );
             report.kept.push(known.clone());
         }
         if report
@@ -408,7 +472,7 @@ impl Comparison {
         self.quantised.keep_sums(kind.needs_sums());
         self.kernel
             .quantise_rows(Rows::Plain(x), weight.cols, &mut self.quantised, &self.pool);
-        let step = (PANEL / weight.cols).next_multiple_of(TILE_ROWS);
+        let step = (PANEL / weight.cols).max(1).next_multiple_of(TILE_ROWS);
         let (mut bytes, mut difference) = (Vec::new(), Difference::default());
         for first in (0..weight.rows).step_by(step) {
             let rows = first..weight.rows.min(first + step);
@@ -475,9 +539,7 @@ fn apart(wanted: &[f32], found: &[f32]) -> Difference {
 /// The linear as its file writes it, run by tract.
 fn run(graph: &Graph, origin: &[NodeProto], seen: &Seen) -> TractResult<Vec<f32>> {
     let product = origin.first().context("a linear without operators")?;
-    let [x, _] = &product.input[..] else {
-        bail!("a product of {} values", product.input.len())
-    };
+    let x = product.input.first().context("a product of nothing")?;
     let stored = origin.iter().flat_map(|node| &node.input);
     let stored = stored.filter_map(|name| graph.initializer(name));
     let mut initializer = stored
@@ -510,4 +572,84 @@ fn run(graph: &Graph, origin: &[NodeProto], seen: &Seen) -> TractResult<Vec<f32>
     let made = made[0].try_as_plain_ram()?.as_slice::<f32>()?.to_vec();
     ensure!(made.len() == seen.y.len());
     Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::import;
+    use millwright_forge::cache::Cache;
+    use millwright_forge::catalogue::Catalogue;
+    use millwright_forge::export::{Form, export};
+
+    #[test]
+    fn a_reading_that_is_not_tracts_is_noticed() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let out = folder.path().join("out");
+        let cache = Cache::at(folder.path().join("no-cache"));
+        let form = Form::find("qdq-channel").unwrap();
+        export(
+            &cache,
+            &Catalogue::built_in().unwrap(),
+            "tiny",
+            form,
+            false,
+            &out,
+        )
+        .unwrap();
+        let bundle = Bundle::open(&out).unwrap();
+        let target = Target::new(Goal::Exact);
+        let imported = import(&bundle.graph(), bundle.heads(), &target).unwrap();
+        let exact = Exact {
+            graph: imported.graph,
+            recipe: imported.recipe,
+            witness: None,
+        };
+        let (name, _) = exact
+            .recipe
+            .origins
+            .iter()
+            .min_by_key(|(name, _)| *name)
+            .unwrap();
+        let node = exact.graph.producer(name).unwrap();
+        let weight = &exact.recipe.weights[crate::onnx::ints(node, "weights")[0] as usize];
+        // One token that asks for the first column.
+        let mut x = vec![0.0; weight.cols];
+        x[0] = 1.0;
+        let mut values = Vec::new();
+        let source = Source::open(&exact.graph, weight).unwrap();
+        source.values(0..weight.rows, &mut values);
+        let right: Vec<f32> = values.iter().step_by(weight.cols).copied().collect();
+        let wrong: Vec<f32> = right.iter().map(|y| y * 1.01).collect();
+        for (y, is_misread) in [(right, false), (wrong, true)] {
+            let report = Arc::new(Mutex::new(Report::default()));
+            let mut comparison = Comparison {
+                kernel: Kernel::chosen().unwrap(),
+                pool: pool(1, None),
+                quantised: Quantised::new(),
+                report: Arc::clone(&report),
+                progress: Arc::new(drop),
+            };
+            let seen = Seen {
+                name,
+                weight,
+                x: &x,
+                y: &y,
+            };
+            comparison.linear(&exact, &seen).unwrap();
+            let report = report.lock().unwrap();
+            assert_eq!((report.by_tract, report.misread.is_some()), (1, is_misread));
+        }
+    }
+
+    #[test]
+    fn rows_are_held_to_each_other_from_the_last() {
+        let peaked = [0.0, 0.0, 5.0, 0.0];
+        assert_eq!(divergence(&peaked, &peaked, 2), (0.0, 2));
+        assert_eq!(divergence(&peaked, &[5.0, 0.0], 2), (0.0, 1));
+        assert!(divergence(&peaked, &[0.0, 5.0], 2).0 > 1.0);
+        for nothing in [&[][..], &[f32::NAN, 0.0]] {
+            assert!(divergence(&peaked, nothing, 2).0 > 1e300);
+        }
+    }
 }

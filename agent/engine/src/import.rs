@@ -88,7 +88,9 @@ pub(crate) fn import(path: &Path, heads: Heads, target: &Target) -> Result<Impor
         Goal::Plain | Goal::Exact => Err("the plain plan was asked for".to_owned()),
         Goal::Flat { positions } => flatten(&mut graph, &mut recipe, positions),
     };
-    keep::keep(&mut graph, &mut recipe, &target.kept)?;
+    if !target.kept.is_empty() {
+        keep::keep(&mut graph, &mut recipe, &target.kept)?;
+    }
     if goal != Goal::Exact {
         fuse::fuse(&mut graph, &mut recipe);
     }

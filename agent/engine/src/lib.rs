@@ -37,7 +37,7 @@ mod tuning;
 mod turn;
 
 pub use arena::KvPrecision;
-pub use guard::{Misread, Progress};
+pub use guard::{Misread, Progress, Refusal};
 pub use inspect::{Inspection, Part as InspectedPart, inspect};
 pub use observer::{Observer, Part};
 pub use onnx::GraphError;

@@ -5,7 +5,7 @@ use crate::arena::{Arena, KvPrecision};
 use crate::bundle::{Bundle, BundleError, Guard};
 use crate::cores::{Cores, pool};
 use crate::forward::{Flat, Forward, Numbers, Parts, Plain};
-use crate::guard::Misread;
+use crate::guard::{Misread, Refusal};
 use crate::import::{Goal, Imported, Target, import};
 use crate::onnx::GraphError;
 use crate::pack::{Outline, PackError, Weights};
@@ -111,23 +111,23 @@ pub enum OpenError {
     },
     #[error("tract can't run the graph in {folder}: {reason}")]
     Plan { folder: PathBuf, reason: String },
-    #[error(transparent)]
-    Misread(#[from] Misread),
-    #[error(
-        "the model in {folder} would answer wrongly here: its import diverges by {divergence:.3} nats a token from the \
-         same weights in f32 arithmetic, where {limit} is the most (--no-guard, or guard = false in the configuration, takes it nevertheless)"
-    )]
-    Unfaithful {
-        folder: PathBuf,
-        divergence: f64,
-        limit: f64,
-    },
+    #[error("the model in {folder} can't be trusted: {misread} ({NEVERTHELESS})")]
+    Misread { folder: PathBuf, misread: Misread },
+    #[error("the model in {folder} would answer wrongly here: {refusal} ({NEVERTHELESS})")]
+    Unfaithful { folder: PathBuf, refusal: Refusal },
 }
+
+/// What to do about a model that the guard refuses.
+const NEVERTHELESS: &str =
+    "--no-guard, or guard = false in the configuration, takes it nevertheless";
 
 impl OpenError {
     /// The same of another folder: that which the user knows.
     pub(crate) fn at(mut self, place: &Path) -> Self {
-        if let Self::Plan { folder, .. } | Self::Unfaithful { folder, .. } = &mut self {
+        if let Self::Plan { folder, .. }
+        | Self::Misread { folder, .. }
+        | Self::Unfaithful { folder, .. } = &mut self
+        {
             place.clone_into(folder);
         }
         self

@@ -34,7 +34,7 @@ const HEADER_BYTES_MAX: usize = 4 << 20;
 const ALIGN: usize = 64;
 const PAGE: usize = 4096;
 /// Rows that are read at once: a column-major source holds them side by side in a cache line.
-const PANEL_ROWS: usize = 4 * TILE_ROWS;
+pub(crate) const PANEL_ROWS: usize = 4 * TILE_ROWS;
 /// Bytes that are written between two times that the source's pages are let go.
 const FORGET_BYTES: usize = 8 << 20;
 /// No packing takes this long.
@@ -448,10 +448,7 @@ impl Header {
             source,
         };
         let file = File::create_new(partial).map_err(failed)?;
-        let mut out = Counted {
-            inner: BufWriter::with_capacity(1 << 20, file),
-            written: 0,
-        };
+        let mut out = Counted::new(BufWriter::with_capacity(1 << 20, file));
         let header = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
         out.write_all(MAGIC).map_err(failed)?;
         out.write_all(&(header.len() as u32).to_le_bytes())
@@ -539,12 +536,22 @@ pub(crate) fn each_tile<E>(
 }
 
 /// A writer that knows where it is.
-struct Counted<W> {
+pub(crate) struct Counted<W> {
     inner: W,
     written: usize,
 }
 
 impl<W: Write> Counted<W> {
+    pub(crate) fn new(inner: W) -> Self {
+        Self { inner, written: 0 }
+    }
+
+    /// Goes on to the next multiple, and says where that is.
+    pub(crate) fn align(&mut self, to: usize) -> io::Result<usize> {
+        self.pad_to(self.written.next_multiple_of(to))?;
+        Ok(self.written)
+    }
+
     fn pad_to(&mut self, offset: usize) -> io::Result<()> {
         let gap = offset
             .checked_sub(self.written)

@@ -9,6 +9,8 @@ mod stream;
 mod table;
 mod template;
 
+pub(crate) use template::bounded;
+
 pub use stream::{Pushed, TextStream};
 
 use crate::bundle::{self, Bundle};

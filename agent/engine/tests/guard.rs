@@ -133,6 +133,59 @@ fn a_linear_that_eight_bits_would_ruin_stays_in_f32() {
 }
 
 #[test]
+fn queries_may_stay_in_f32_where_attention_is_ours() {
+    let folder = written("f32-sdpa", true);
+    change(
+        &folder,
+        "layers.0/input_layernorm/Mul_1",
+        |_, col, value| {
+            if col == 0 {
+                *value = 0.0;
+            }
+        },
+    );
+    change(
+        &folder,
+        "layers.0/self_attn/q_proj/MatMul",
+        |input, _, value| {
+            if input == 0 {
+                *value = 1e4;
+            }
+        },
+    );
+    let model = folder.path().join("out");
+    let engine = Engine::open(&model, &options(&folder)).unwrap();
+    let [kept] = &check(engine.card()).kept[..] else {
+        panic!("{:?}", engine.card())
+    };
+    assert!(
+        kept.linear.contains("layers.0/self_attn/q_proj"),
+        "{kept:?}"
+    );
+    assert_eq!(engine.card().plan, "flat");
+    let found = divergence(&model, &options(&folder));
+    assert!(found < 0.006, "{found}");
+}
+
+#[test]
+fn who_was_asked_depends_on_what_tract_reads() {
+    for (form, oracle) in [
+        ("f16", "tract"),
+        ("qdq-channel", "tract"),
+        ("q4", "tract"),
+        ("genai-int4", "tract"),
+        ("qdq-block", "own"),
+        ("q8", "own"),
+        ("dynamic-int8", "own"),
+    ] {
+        let folder = written(form, false);
+        let engine = Engine::open(&folder.path().join("out"), &options(&folder)).unwrap();
+        let found = &check(engine.card()).oracle;
+        assert!(found.starts_with(oracle), "{form}: {found}");
+    }
+}
+
+#[test]
 fn a_model_that_nothing_helps_is_refused() {
     let folder = written("f32-sdpa", false);
     // The layers add nothing, and every token's embedding has numbers that drown their blocks but not the logits: no
@@ -155,9 +208,17 @@ fn a_model_that_nothing_helps_is_refused() {
     let error = Engine::open(&model, &options(&folder)).err().unwrap();
     assert!(matches!(error, OpenError::Unfaithful { .. }), "{error}");
     let said = error.to_string();
+    let parts = ["nats a token", "--no-guard", "eight bits change"];
+    assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+    // It is not measured again to say so again.
+    let again = Engine::open(&model, &options(&folder)).err().unwrap();
+    assert_eq!(again.to_string(), said);
+    let packed = fs::read_dir(folder.path().join("state")).unwrap();
+    let packed: Vec<_> = packed.map(|entry| entry.unwrap().path()).collect();
     assert!(
-        said.contains("nats a token") && said.contains("--no-guard"),
-        "{said}"
+        packed
+            .iter()
+            .any(|path| path.to_string_lossy().ends_with(".guard.json"))
     );
     let without = Options {
         guard: false,
@@ -321,6 +382,36 @@ fn a_bundle_says_that_it_was_not_checked() {
 }
 
 #[test]
+fn a_manifest_that_says_nonsense_is_refused() {
+    let folder = with_an_outlier();
+    let out = folder.path().join("bundle");
+    bundled(&folder.path().join("out"), &options(&folder), &out).unwrap();
+    let path = out.join("manifest.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    let figure = text
+        .lines()
+        .find(|line| line.starts_with("divergence"))
+        .unwrap();
+    let kept = text
+        .lines()
+        .rfind(|line| line.starts_with("weight"))
+        .unwrap();
+    for (old, new, expected) in [
+        (figure, "divergence = nan", "not all numbers"),
+        (figure, "", "divergence"),
+        (figure, "divergence = \"small\"", "divergence"),
+        (kept, "weight = \"another\"", "no linear on another"),
+    ] {
+        fs::write(&path, text.replace(old, new)).unwrap();
+        let said = Engine::open(&out, &options(&folder))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(said.contains(expected), "{said:?} should say {expected:?}");
+    }
+}
+
+#[test]
 fn folders_that_cannot_become_bundles_are_left_as_they_are() {
     let folder = written("q8", false);
     let (model, out) = (folder.path().join("out"), folder.path().join("bundle"));
@@ -329,7 +420,34 @@ fn folders_that_cannot_become_bundles_are_left_as_they_are() {
     let error = bundled(&model, &options(&folder), &out).unwrap_err();
     assert!(matches!(error, BundlingError::Occupied(_)), "{error}");
     fs::remove_file(out.join("mine")).unwrap();
-    bundled(&model, &options(&folder), &out).unwrap();
+    let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+    fs::write(&file, "").unwrap();
+    std::os::unix::fs::symlink(&out, &link).unwrap();
+    for place in [file.as_path(), &link, Path::new("."), Path::new("/")] {
+        let error = bundled(&model, &options(&folder), place).unwrap_err();
+        assert!(matches!(error, BundlingError::Occupied(_)), "{error}");
+    }
+    fs::remove_file(file).unwrap();
+    fs::remove_file(link).unwrap();
+    // What a run that was killed left behind is not taken for a part of this one.
+    let partial = folder.path().join(".bundle.partial/bundle");
+    fs::create_dir_all(&partial).unwrap();
+    fs::write(partial.join("LICENSE.old"), "").unwrap();
+    // Licences are files; folders and links of that name are left alone.
+    fs::create_dir(model.join("LICENSES")).unwrap();
+    fs::write(model.join("LICENSE.txt"), "MIT").unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", model.join("LICENSE.link")).unwrap();
+    let made = bundled(&model, &options(&folder), &out).unwrap();
+    let licences: Vec<_> = made
+        .files
+        .iter()
+        .filter(|f| f.name.starts_with("LICENSE"))
+        .collect();
+    assert!(
+        matches!(licences[..], [file] if file.name == "LICENSE.txt"),
+        "{licences:?}"
+    );
+    assert!(!out.join("LICENSE.old").exists());
     let error = bundled(&out, &options(&folder), &folder.path().join("again")).unwrap_err();
     assert!(matches!(error, BundlingError::Already(_)), "{error}");
     // The guard can't run it, and nothing else can.

@@ -1,12 +1,13 @@
 //! A model of plain floats as its bundle keeps it: a quarter of the size. Its matrices are quantised once, as packing
-//! would do it, and written in the operators that ONNX Runtime has for eight bits in blocks.
+//! would do it, and written under the names that ONNX Runtime has for eight bits in blocks. The graph around them is the
+//! imported one, for the agent alone.
 //!
 //! The operators: <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>
 
 use crate::bundle::{Bundle, WEIGHTS};
 use crate::import::{EMBED, Goal, Imported, LINEAR, Target, import};
 use crate::onnx::{GraphError, float_tensor, int_attribute, ints, new_node};
-use crate::pack::PackError;
+use crate::pack::{Counted, PANEL_ROWS, PackError};
 use crate::recipe::{Form, WeightSource};
 use crate::source::{Panel, Source};
 use prost::Message;
@@ -22,9 +23,7 @@ use tract_onnx::pb::{
 const DOMAIN: &str = "com.microsoft";
 const BLOCK: usize = crate::quant::BLOCK;
 /// Where a tensor begins in the data.
-const ALIGN: u64 = 64;
-/// Rows that are read at once: a column-major source holds them side by side in a cache line.
-const ROWS: usize = 64;
+const ALIGN: usize = 64;
 
 /// A graph of floats, imported.
 pub(super) struct Floats(Imported);
@@ -81,23 +80,20 @@ impl Floats {
                 *node = made;
             }
         }
-        let mut out = Data {
-            inner: BufWriter::with_capacity(1 << 20, File::create(data)?),
-            written: 0,
-        };
+        let mut out = Counted::new(BufWriter::with_capacity(1 << 20, File::create(data)?));
         for of in &recipe.weights {
             let numbers = Source::open(source, of)?;
             numbers.kind()?;
             let (mut panel, mut scales) = (Panel::default(), Vec::new());
-            let at = out.align()?;
-            for first in (0..of.rows).step_by(ROWS) {
-                numbers.panel(first..of.rows.min(first + ROWS), &mut panel);
+            let at = out.align(ALIGN)?;
+            for first in (0..of.rows).step_by(PANEL_ROWS) {
+                numbers.panel(first..of.rows.min(first + PANEL_ROWS), &mut panel);
                 let bytes: Vec<u8> = panel
                     .weights
                     .iter()
                     .map(|w| w.cast_unsigned() ^ 0x80)
                     .collect();
-                out.write(&bytes)?;
+                out.write_all(&bytes)?;
                 scales.extend(panel.scales.iter().flat_map(|scale| scale.to_le_bytes()));
             }
             source.forget();
@@ -106,18 +102,14 @@ impl Floats {
             proto
                 .initializer
                 .push(external(weights(of), DataType::Uint8, &dims, at));
-            let at = out.align()?;
-            out.write(&scales)?;
+            let at = out.align(ALIGN)?;
+            out.write_all(&scales)?;
             let dims = [of.rows, groups];
             proto
                 .initializer
                 .push(external(scale(of), DataType::Float, &dims, at));
         }
-        let file = out
-            .inner
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()?;
+        out.flush()?;
         if !model.opset_import.iter().any(|set| set.domain == DOMAIN) {
             model.opset_import.push(OperatorSetIdProto {
                 domain: DOMAIN.into(),
@@ -130,7 +122,7 @@ impl Floats {
 
 /// Why it can't be written.
 #[derive(Debug, thiserror::Error)]
-pub enum WriteError {
+pub(super) enum WriteError {
     #[error(transparent)]
     Graph(#[from] GraphError),
     #[error(transparent)]
@@ -188,7 +180,7 @@ fn attribute(node: &mut NodeProto, values: &[(&str, usize)]) {
     node.attribute.extend(values);
 }
 
-fn external(name: String, of: DataType, dims: &[usize], offset: u64) -> TensorProto {
+fn external(name: String, of: DataType, dims: &[usize], offset: usize) -> TensorProto {
     let element = if of == DataType::Float { 4 } else { 1 };
     let length = dims.iter().product::<usize>() * element;
     let entries = [
@@ -207,25 +199,5 @@ fn external(name: String, of: DataType, dims: &[usize], offset: u64) -> TensorPr
         data_location: Some(DataLocation::External as i32),
         external_data: entries.into(),
         ..TensorProto::default()
-    }
-}
-
-/// The file of matrices.
-struct Data {
-    inner: BufWriter<File>,
-    written: u64,
-}
-
-impl Data {
-    /// Goes on to where a tensor may begin.
-    fn align(&mut self) -> io::Result<u64> {
-        let at = self.written.next_multiple_of(ALIGN);
-        self.write(&vec![0; (at - self.written) as usize])?;
-        Ok(at)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.written += bytes.len() as u64;
-        self.inner.write_all(bytes)
     }
 }

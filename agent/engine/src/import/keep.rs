@@ -2,10 +2,13 @@
 
 use super::LINEAR;
 use crate::onnx::{Graph, GraphError, float_tensor, ints, new_node};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, WeightSource};
 use crate::source::Source;
 use std::collections::BTreeSet;
 use tract_onnx::pb::NodeProto;
+
+/// Of a model's weights at most one in so many stays in f32: they take four to eight times the room.
+const SHARE: usize = 3;
 
 /// What the f32 matrix is called of a linear with this output that is kept.
 pub(crate) fn kept_matrix(linear: &str) -> String {
@@ -18,24 +21,32 @@ pub(super) fn keep(
     recipe: &mut Recipe,
     kept: &BTreeSet<String>,
 ) -> Result<(), GraphError> {
-    let is_kept = |node: &NodeProto| {
-        let weight = |&index: &i64| &recipe.weights[index as usize].values;
-        node.op_type == LINEAR
-            && ints(node, "weights")
-                .iter()
-                .any(|i| kept.contains(weight(i)))
-    };
-    let (linears, mut nodes): (Vec<_>, Vec<_>) = std::mem::take(&mut graph.proto_mut().node)
-        .into_iter()
-        .partition(is_kept);
-    for name in kept {
-        recipe
-            .notes
-            .push(format!("the linear on {name} stays in f32"));
+    let of = |node: &NodeProto| &recipe.weights[ints(node, "weights")[0] as usize];
+    let is_linear = |node: &&NodeProto| node.op_type == LINEAR;
+    let linears = graph.proto().node.iter().filter(is_linear).map(of);
+    let numbers = |of: &WeightSource| of.rows * of.cols;
+    let all: usize = linears.clone().map(numbers).sum();
+    let found = linears.filter(|of| kept.contains(&of.values));
+    let share: usize = found.clone().map(numbers).sum();
+    if share > all / SHARE {
+        let reason = format!("would keep {share} of {all} weights in f32, which is too many");
+        return Err(GraphError::Shape(reason));
     }
+    let found: BTreeSet<&String> = found.map(|of| &of.values).collect();
+    if let Some(name) = kept.iter().find(|name| !found.contains(name)) {
+        let reason = format!("has no linear on {name}, which was to stay in f32; import it again");
+        return Err(GraphError::Shape(reason));
+    }
+    let is_kept = |node: &NodeProto| node.op_type == LINEAR && kept.contains(&of(node).values);
+    let (linears, mut nodes): (Vec<_>, Vec<_>) =
+        graph.proto().node.iter().cloned().partition(is_kept);
     for linear in &linears {
         nodes.extend(product(graph, recipe, linear)?);
     }
+    let notes = kept
+        .iter()
+        .map(|name| format!("the linear on {name} stays in f32"));
+    recipe.notes.extend(notes);
     graph.proto_mut().node = nodes;
     graph.sweep();
     Ok(())

@@ -7,6 +7,9 @@ use crate::onnx::{Graph, GraphError, input, new_node, output, with_ints};
 use crate::recipe::{Order, Recipe, Scaling, Scope, WeightSource};
 use tract_onnx::pb::NodeProto;
 
+/// Operators that a linear was recognised in, where they are kept: a product, a dequantisation, transpositions.
+const ORIGIN_MAX: usize = 8;
+
 /// A linear that was recognised, and where its result goes.
 struct Linear {
     x: String,
@@ -70,19 +73,22 @@ fn matmul(graph: &Graph, node: &NodeProto) -> Option<Linear> {
     let source = weight::behind(graph, input(node, 1)?, Order::ColumnMajor)?;
     activations(graph, input(node, 0)?).then_some(())?;
     let mut linear = linear(node, source, None)?;
-    linear.origin = Some(origin(graph, node));
+    linear.origin = origin(graph, node);
     Some(linear)
 }
 
-/// The product itself, and what makes its second operand.
-fn origin(graph: &Graph, product: &NodeProto) -> Vec<NodeProto> {
+/// The product itself, and what makes its second operand: a few operators.
+fn origin(graph: &Graph, product: &NodeProto) -> Option<Vec<NodeProto>> {
     let mut nodes = vec![product.clone()];
     let mut queue = vec![&product.input[1]];
     while let Some(node) = queue.pop().and_then(|name| graph.producer(name)) {
         nodes.push(node.clone());
+        if nodes.len() > ORIGIN_MAX {
+            return None;
+        }
         queue.extend(node.input.iter().filter(|name| !graph.is_initializer(name)));
     }
-    nodes
+    Some(nodes)
 }
 
 fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
@@ -102,9 +108,14 @@ fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
             Some(values.ok_or_else(wrong)?)
         }
     };
-    linear(node, source, bias).ok_or_else(|| {
+    let mut linear = linear(node, source, bias).ok_or_else(|| {
         GraphError::Shape(format!("has a node {} without input or output", node.name))
-    })
+    })?;
+    let mut product = node.clone();
+    // Up to the zero points: the bias is ours.
+    product.input.truncate(4);
+    linear.origin = Some(vec![product]);
+    Ok(linear)
 }
 
 /// `MatMul(a, b)` for what `MatMulInteger` computes of two values that were quantised on the way: attention's products

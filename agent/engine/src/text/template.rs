@@ -96,7 +96,7 @@ impl SpecialNames {
 }
 
 /// `text` without control characters and marks, cut at a character.
-pub(super) fn bounded(text: &str) -> String {
+pub(crate) fn bounded(text: &str) -> String {
     let text = text.replace(super::control::MARK, "");
     let mut end = text.len().min(REASON_BYTES_MAX);
     while !text.is_char_boundary(end) {
