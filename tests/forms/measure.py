@@ -145,7 +145,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> None:
     """Form by form, each kept as soon as it is there. What the forge refuses to write has no row."""
     source = Source(Forge(arguments.forge), arguments.model, scratch)
     found = results.load(arguments.json, about(arguments))
-    wanted = results.pending(found, arguments.forms or source.forms(), (Speed if arguments.speed else Fidelity).part)
+    order = source.forms()
+    wanted = results.pending(found, arguments.forms or order, (Speed if arguments.speed else Fidelity).part)
     if not wanted:
         say("nothing is left to measure")
         return
@@ -161,7 +162,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> None:
                 say(f"{form}: {error}")
                 continue
             row = way.measure(form, folder, Path(place) / "packed")
-        found["rows"][form] = found["rows"].get(form, {}) | row
+        results.put(found, form, row, order)
         results.keep(arguments.json, found)
 
 
@@ -193,10 +194,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--millwright", type=Path, metavar="PROGRAM")
     parser.add_argument("--forge", type=Path, metavar="PROGRAM")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        if not arguments.json.is_file():
+            parser.error(f"--json {arguments.json}: there is no such file")
+        return arguments
     if not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: its folder is not there")
-    if arguments.markdown:
-        return arguments
     if arguments.model is None:
         parser.error("--model is missing")
     if min(arguments.rounds, arguments.threads) < 1 or arguments.tokens < 0:

@@ -32,6 +32,13 @@ def pending(results: Results, forms: list[str], part: str) -> list[str]:
     return [form for form in forms if part not in results["rows"].get(form, {})]
 
 
+def put(results: Results, form: str, found: dict, order: list[str]) -> None:
+    """Adds to a form's row; rows stand in the order given, whichever was measured first, and others behind."""
+    rows = results["rows"]
+    rows[form] = rows.get(form, {}) | found
+    results["rows"] = {name: rows[name] for name in dict.fromkeys([*order, *rows]) if name in rows}
+
+
 def speed(natives: list[dict], forms: list[dict]) -> dict:
     """Decoding beside the native form, as if both read as many bytes for a token.
 

@@ -29,12 +29,19 @@ class Resuming(unittest.TestCase):
     def test_a_stopped_run_goes_on_with_the_forms_that_are_missing(self):
         found = results.load(self.file, ABOUT)
         self.assertEqual(results.pending(found, ["f16", "q4"], "ours"), ["f16", "q4"])
-        found["rows"]["f16"] = ROW
+        results.put(found, "f16", ROW, ["f16", "q4"])
         results.keep(self.file, found)
         again = results.load(self.file, ABOUT)
         self.assertEqual(results.pending(again, ["f16", "q4"], "ours"), ["q4"])
         self.assertEqual(results.pending(again, ["f16", "q4"], "speed"), ["f16", "q4"])
         self.assertEqual([path.name for path in self.file.parent.iterdir()], [self.file.name])
+
+    def test_rows_stand_in_one_order_and_keep_what_an_earlier_pass_found(self):
+        found = {"rows": {"phi": {}, "q4": ROW}}
+        results.put(found, "f16", ROW, ["f16", "q4"])
+        results.put(found, "q4", {"speed": {"ratio": 1.0}}, ["f16", "q4"])
+        self.assertEqual(list(found["rows"]), ["f16", "q4", "phi"])
+        self.assertEqual(found["rows"]["q4"], ROW | {"speed": {"ratio": 1.0}})
 
     def test_results_of_something_else_are_refused_and_what_is_not_said_is_not(self):
         results.keep(self.file, results.load(self.file, {"model": "tiny"}))
