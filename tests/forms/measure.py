@@ -83,7 +83,8 @@ class Fidelity:
         say("the f32 reference, in ONNX Runtime")
         logits = scratch / "reference"
         logits.mkdir()
-        self.reference = Reference(self.f32, arguments.text, WINDOW, arguments.tokens, self.threads, logits)
+        window = min(WINDOW, self.told("model", "inspect", str(self.f32)).get("context_length", WINDOW))
+        self.reference = Reference(self.f32, arguments.text, window, arguments.tokens, self.threads, logits)
 
     def measure(self, form: str, folder: Path, packed: Path) -> dict:
         row = {"inspect": self.told("model", "inspect", str(folder))}

@@ -96,7 +96,7 @@ def caption(results: Results) -> str:
     if reference is None:
         return about["model"]
     return (
-        f"{about['model']}: {reference['tokens']} tokens of {about['text']} predicted, in windows of {about['window']}; "
+        f"{about['model']}: {reference['tokens']} tokens of {about['text']} predicted, in windows of {reference['window']}; "
         f"perplexity of the f32 model {reference['perplexity']:.3f}; ONNX Runtime {about['onnxruntime']}"
     )
 

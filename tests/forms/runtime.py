@@ -19,7 +19,7 @@ class Reference:
         self.folder, self.threads = folder, threads
         # By default ONNX Runtime would fuse; the reference is plain f32 arithmetic.
         session = Session(bundle / "model.onnx", threads=threads)
-        self.summary = self.compare(session, write=True)
+        self.summary = self.compare(session, write=True) | {"window": window}
 
     def score(self, graph: Path) -> dict:
         """How far ONNX Runtime with its defaults is from the reference, or why it can't run the graph."""

@@ -61,10 +61,10 @@ class Speed(unittest.TestCase):
 
 class Table(unittest.TestCase):
     def test_a_row_has_figures_and_says_in_a_word_why_one_is_missing(self):
-        found = {"about": ABOUT, "reference": {"tokens": 511, "perplexity": 17.0}, "rows": {"q4": ROW}}
+        found = {"about": ABOUT, "reference": {"tokens": 511, "perplexity": 17.0, "window": 256}, "rows": {"q4": ROW}}
         title, gap, head, rule, row = results.markdown(found).splitlines()
         self.assertEqual(gap, "")
-        self.assertIn("511 tokens of LICENSE", title)
+        self.assertIn("511 tokens of LICENSE predicted, in windows of 256", title)
         self.assertEqual(len({line.count("|") for line in (head, rule, row)}), 1)
         expected = "`q4` | yes | 152 / 153 | flat | no | 0.900 | 0.01235 | 0.00000 | NotImplemented | -"
         self.assertEqual(row, f"| {expected} |")
