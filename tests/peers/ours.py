@@ -23,11 +23,11 @@ def call(program: Path, cpus: list[int], *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-def bench(program: Path, bundle: Path, cpus: list[int], batch: int, prompt: int, decode: int) -> dict[str, float]:
+def bench(program: Path, bundle: Path, cpus: list[int], batch: int, prompt: int, decode: int, *more: str) -> dict:
     """One run's figures: of three in a process the middle one. The first is cold, so it is the slower of two warm ones."""
     sizes = {"threads": len(cpus), "batch": batch, "prompt-tokens": prompt, "decode-tokens": decode, "repeat": 3}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    report = call(program, cpus, "bench", "--model", str(bundle), *options)
+    report = call(program, cpus, "bench", "--model", str(bundle), *options, *more)
     if not report["runs"]:
         raise Unusable(f"{bundle} does not take {batch} answers at once")
     return report.pop("runs")[0] | report
