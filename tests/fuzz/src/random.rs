@@ -9,7 +9,7 @@ impl Random {
         Self(u64::from(seed))
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -18,7 +18,7 @@ impl Random {
 
     /// From 0 up to `bound`, which is 0 where there is nothing to choose from.
     pub fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
+        (self.draw() % bound.max(1) as u64) as usize
     }
 
     pub fn one_in(&mut self, n: usize) -> bool {
@@ -37,7 +37,7 @@ impl Random {
     /// A whole number, of the kinds that break things.
     pub fn int(&mut self) -> i64 {
         match self.below(8) {
-            0 => self.next() as i64,
+            0 => self.draw() as i64,
             1 => [i64::MAX, i64::MIN, i64::MAX / 2, i64::from(i32::MAX), -1][self.below(5)],
             2 => 1 << self.below(63),
             3 => -(1 << self.below(63)),

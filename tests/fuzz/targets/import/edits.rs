@@ -130,7 +130,7 @@ fn value(graph: &GraphProto, random: &mut Random) -> String {
 
 /// A name that nothing has.
 fn fresh(random: &mut Random) -> String {
-    format!("made{:x}", random.next())
+    format!("made{:x}", random.draw())
 }
 
 fn drop_node(graph: &mut GraphProto, random: &mut Random) {
@@ -316,7 +316,7 @@ fn edit_tensor(tensor: &mut TensorProto, random: &mut Random) {
         5 => tensor
             .raw_data
             .truncate(random.below(tensor.raw_data.len() + 1)),
-        6 => tensor.raw_data.push(random.next() as u8),
+        6 => tensor.raw_data.push(random.draw() as u8),
         7 => *tensor = ints_tensor(&tensor.name, vec![random.int(); random.below(5)]),
         8 if tensor.int64_data.is_empty() && tensor.raw_data.len() >= 8 => {
             let at = random.below(tensor.raw_data.len() / 8) * 8;
@@ -326,7 +326,7 @@ fn edit_tensor(tensor: &mut TensorProto, random: &mut Random) {
             if let Some(value) = random.of_mut(&mut tensor.int64_data) {
                 *value = random.int();
             } else if let Some(byte) = random.of_mut(&mut tensor.raw_data) {
-                *byte = random.next() as u8;
+                *byte = random.draw() as u8;
             }
         }
     }
@@ -571,7 +571,7 @@ fn wrap_in_if(graph: &mut GraphProto, random: &mut Random) {
         return;
     }
     let at = random.below(graph.node.len());
-    for level in 0..1 + random.below(12) >> random.below(4) {
+    for level in 0..(1 + random.below(12)) >> random.below(4) {
         let inner = graph.node[at].clone();
         let outputs = inner.output.iter().map(|name| ValueInfoProto {
             name: name.clone(),
