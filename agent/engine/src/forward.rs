@@ -7,11 +7,11 @@ use crate::observer::{Observer, Part};
 use crate::onnx::{GraphError, input_dims, input_type};
 use crate::ops;
 use crate::pack::Weights;
+use crate::plan;
 use crate::reference::{self, Exact};
 use crate::turn::{Batch, Scratch, Turn};
 use millwright_kernels::{Kernel, Pool};
 use std::cell::RefCell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, ModelProto, ValueInfoProto};
@@ -91,7 +91,7 @@ impl Parts {
             let fact = fact(input, &model.symbols)?;
             model.set_input_fact(index, fact)?;
         }
-        model.into_optimized()
+        plan::optimised(model)
     }
 
     /// Reads the rewritten graph through tract, with these facts for its inputs, and installs the turn.
@@ -100,9 +100,7 @@ impl Parts {
         arena: Option<Arena>,
         fact: impl Fn(&ValueInfoProto, &SymbolScope) -> Result<InferenceFact, GraphError>,
     ) -> TractResult<(State, usize)> {
-        // Of a graph from outside tract may make a panic; here that is a model that can't be run.
-        let model = catch_unwind(AssertUnwindSafe(|| self.read(fact)));
-        let model = model.unwrap_or_else(|_| bail!("tract panicked"))?;
+        let model = plan::caught(|| self.read(fact))?;
         let vocab = vocab(&model)?;
         let plan = SimplePlan::new(model)?;
         let mut state = plan.spawn()?;
@@ -153,7 +151,7 @@ fn observe(state: &State, observer: Box<dyn Observer>) {
 fn run(state: &mut State, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
     let _stay = Stay::on(turn(state).kept_to.as_deref());
     turn(state).begin(Part::Forward);
-    let outputs = state.run(inputs);
+    let outputs = plan::caught(|| state.run(inputs));
     turn(state).end(Part::Forward);
     outputs.inspect_err(|_| {
         state.turn_state.values.clear();

@@ -7,6 +7,7 @@
 mod angles;
 mod attention;
 mod branch;
+mod extent;
 mod fuse;
 mod grouped;
 mod keep;
@@ -27,7 +28,10 @@ use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
-use tract_onnx::pb::NodeProto;
+use tract_onnx::pb::{GraphProto, NodeProto};
+
+/// Operators that tract plans within a second or two; forty layers in the plain plan have some five thousand.
+const OPERATORS_MAX: usize = 8192;
 
 pub(crate) const EMBED: &str = "MillwrightEmbed";
 pub(crate) const LINEAR: &str = "MillwrightLinear";
@@ -95,6 +99,11 @@ pub(crate) fn import(path: &Path, heads: Heads, target: &Target) -> Result<Impor
         fuse::fuse(&mut graph, &mut recipe);
     }
     prune(&mut graph, &mut recipe);
+    let nodes = operators(graph.proto());
+    if nodes > OPERATORS_MAX {
+        let what = format!("has {nodes} operators; this version plans {OPERATORS_MAX} at most");
+        return Err(GraphError::Shape(what));
+    }
     let foreign = graph
         .proto()
         .node
@@ -115,6 +124,13 @@ pub(crate) fn import(path: &Path, heads: Heads, target: &Target) -> Result<Impor
         graph,
         recipe,
     })
+}
+
+/// Operators of a graph and of those inside its nodes.
+fn operators(graph: &GraphProto) -> usize {
+    let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+    let inner = attributes.flat_map(|a| a.g.iter().chain(&a.graphs));
+    graph.node.len() + inner.map(operators).sum::<usize>()
 }
 
 /// Takes the graph to its flat form, or leaves it as it was and says why not.

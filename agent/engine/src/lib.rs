@@ -23,6 +23,7 @@ mod onnx;
 mod open;
 mod ops;
 mod pack;
+mod plan;
 pub mod quant;
 mod recipe;
 mod reference;

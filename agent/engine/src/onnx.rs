@@ -23,6 +23,9 @@ use tract_onnx::pb::{
     tensor_shape_proto::dimension, type_proto,
 };
 
+/// Tensors that may lie in the same bytes, on average: two where the embedding is the head.
+const SHARED_MAX: u64 = 8;
+
 /// Why a graph can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum GraphError {
@@ -44,6 +47,8 @@ pub(crate) struct Graph {
     producers: HashMap<String, usize>,
     consumers: HashMap<String, Vec<usize>>,
     initializers: HashMap<String, usize>,
+    inputs: HashSet<String>,
+    outputs: HashSet<String>,
     files: Files,
 }
 
@@ -68,6 +73,8 @@ impl Graph {
             producers: HashMap::new(),
             consumers: HashMap::new(),
             initializers: HashMap::new(),
+            inputs: HashSet::new(),
+            outputs: HashSet::new(),
             files,
         };
         graph.admit()?;
@@ -78,9 +85,15 @@ impl Graph {
     pub(crate) fn admit(&mut self) -> Result<(), GraphError> {
         self.index();
         let graph = self.model.graph.as_ref().expect("checked in open");
+        let mut bytes = 0;
         for tensor in &graph.initializer {
             self.files.open(tensor)?;
-            self.files.check(tensor)?;
+            bytes += self.files.check(tensor)? as u64;
+        }
+        let file_bytes = self.file_bytes();
+        if bytes > file_bytes.saturating_mul(SHARED_MAX) {
+            let what = format!("stores {bytes} bytes of numbers in {file_bytes} bytes of files");
+            return Err(GraphError::Shape(what));
         }
         self.check_nodes()
     }
@@ -93,7 +106,7 @@ impl Graph {
         self.model.graph.as_mut().expect("checked in open")
     }
 
-    /// Rebuilds the lookups; call after nodes changed.
+    /// Rebuilds the lookups; call after nodes, inputs or outputs changed.
     pub(crate) fn index(&mut self) {
         let (mut producers, mut consumers) = (HashMap::new(), HashMap::<String, Vec<usize>>::new());
         for (i, node) in self.proto().node.iter().enumerate() {
@@ -106,7 +119,16 @@ impl Graph {
         }
         let names = self.proto().initializer.iter().enumerate();
         self.initializers = names.map(|(i, t)| (t.name.clone(), i)).collect();
+        let ends = |ends: &[ValueInfoProto]| ends.iter().map(|end| end.name.clone()).collect();
+        (self.inputs, self.outputs) = (ends(&self.proto().input), ends(&self.proto().output));
         (self.producers, self.consumers) = (producers, consumers);
+    }
+
+    /// Adds a stored tensor.
+    pub(crate) fn store(&mut self, tensor: TensorProto) {
+        let index = self.proto().initializer.len();
+        self.initializers.insert(tensor.name.clone(), index);
+        self.proto_mut().initializer.push(tensor);
     }
 
     /// Drops nodes and inputs that no output needs. Initializers stay, for packing, until [`Graph::strip`].
@@ -163,7 +185,14 @@ impl Graph {
                 values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             )
         } else {
-            (tensor.data_type, self.bytes(tensor)?.into_owned())
+            let mut bytes = self.bytes(tensor)?.into_owned();
+            if tensor.data_type() == DataType::Bool {
+                // tract takes them for its own truths, which are nothing but 0 and 1.
+                for byte in &mut bytes {
+                    *byte = u8::from(*byte != 0);
+                }
+            }
+            (tensor.data_type, bytes)
         };
         Ok(TensorProto {
             name: tensor.name.clone(),
@@ -209,11 +238,11 @@ impl Graph {
     }
 
     pub(crate) fn is_output(&self, value: &str) -> bool {
-        self.proto().output.iter().any(|o| o.name == value)
+        self.outputs.contains(value)
     }
 
     pub(crate) fn is_input(&self, value: &str) -> bool {
-        !self.is_initializer(value) && self.proto().input.iter().any(|i| i.name == value)
+        self.inputs.contains(value) && !self.is_initializer(value)
     }
 
     pub(crate) fn is_initializer(&self, value: &str) -> bool {
@@ -253,6 +282,19 @@ impl Graph {
         let count = elements(self.initializer(name)?)?;
         let numbers = self.numbers(name)?;
         Some((0..count).map(|i| numbers.at(i)).collect())
+    }
+
+    /// All numbers of a tensor that may be a branch's, if its shape is what its bytes hold.
+    pub(crate) fn checked_numbers(&self, tensor: &TensorProto) -> Option<Vec<f64>> {
+        self.files.check(tensor).ok()?;
+        let numbers = Numbers::new(self.files.bytes(tensor).ok()?, tensor.data_type());
+        let count = elements(tensor)?;
+        Some((0..count).map(|i| f64::from(numbers.at(i))).collect())
+    }
+
+    /// Bytes of the files that hold the graph and its weights.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.files.total_bytes()
     }
 
     /// The number in a stored tensor that has one.

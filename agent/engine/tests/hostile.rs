@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use tempfile::TempDir;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::{ModelProto, NodeProto, StringStringEntryProto, TensorProto};
+use tract_onnx::pb::{AttributeProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto};
 
 /// The tiny model in some form, and its graph as it was written.
 struct Export {
@@ -189,6 +189,102 @@ fn a_tensor_out_of_proportion_to_the_file_is_not_made() {
             "numbers",
         );
     }
+}
+
+fn operator(op: &str, inputs: &[&str], output: &str) -> NodeProto {
+    NodeProto {
+        op_type: op.into(),
+        input: inputs.iter().map(ToString::to_string).collect(),
+        output: vec![output.into()],
+        ..NodeProto::default()
+    }
+}
+
+fn whole(name: &str, dims: &[i64], values: &[i64]) -> TensorProto {
+    TensorProto {
+        name: name.into(),
+        data_type: DataType::Int64 as i32,
+        dims: dims.to_vec(),
+        int64_data: values.to_vec(),
+        ..TensorProto::default()
+    }
+}
+
+#[test]
+fn a_tensor_of_computed_sizes_is_not_made() {
+    let export = Export::new("f32");
+    for (op, inputs) in [
+        ("ConstantOfShape", &["sizes"][..]),
+        ("Expand", &["one", "sizes"]),
+        ("Tile", &["ones", "sizes"]),
+        ("Pad", &["ones", "pads"]),
+        ("Range", &["one", "product", "one"]),
+        ("OneHot", &["ones", "product", "ones"]),
+        // As the product is of what the tokens are, nobody knows how large it becomes.
+        ("Range", &["one", "token", "one"]),
+    ] {
+        export.refused(
+            |model| {
+                tensors(model).extend([
+                    whole("one", &[], &[1]),
+                    whole("ones", &[2], &[1, 1]),
+                    whole("root", &[2], &[1 << 14, 1 << 14]),
+                ]);
+                nodes(model).extend([
+                    operator("Mul", &["root", "root"], "sizes"),
+                    operator("Concat", &["sizes", "sizes"], "pads"),
+                    operator("ReduceProd", &["root"], "product"),
+                    operator("ReduceMax", &["input_ids"], "token"),
+                    operator(op, inputs, "vast"),
+                ]);
+                let concat = nodes(model).iter_mut().find(|n| n.output == ["pads"]);
+                concat.unwrap().attribute.push(AttributeProto {
+                    name: "axis".into(),
+                    ..AttributeProto::default()
+                });
+            },
+            op,
+        );
+    }
+}
+
+#[test]
+fn doubling_ends_in_time() {
+    let export = Export::new("f32");
+    export.refused(
+        |model| {
+            tensors(model).push(whole("step 0", &[1], &[1]));
+            for step in 0..40 {
+                let [from, to] = [step, step + 1].map(|step| format!("step {step}"));
+                let mut concat = operator("Concat", &[&from, &from], &to);
+                concat.attribute.push(AttributeProto {
+                    name: "axis".into(),
+                    ..AttributeProto::default()
+                });
+                nodes(model).push(concat);
+            }
+        },
+        "too many for the model's files",
+    );
+}
+
+#[test]
+fn tensors_that_all_lie_in_the_same_bytes_are_refused() {
+    let export = Export::new("f32");
+    export.refused(
+        |model| {
+            let large = tensors(model)
+                .iter()
+                .max_by_key(|t| t.dims.iter().product::<i64>());
+            let large = large.unwrap().clone();
+            let copies = (0..1000).map(|i| TensorProto {
+                name: format!("copy {i}"),
+                ..large.clone()
+            });
+            tensors(model).extend(copies);
+        },
+        "bytes of files",
+    );
 }
 
 #[test]

@@ -2,12 +2,14 @@
 //! there behaves like attention. How it is written does not matter: `probe` runs it.
 
 use super::probe::{Probe, Rotation, Sizes};
-use super::{ATTEND, EMBED, LINEAR};
+use super::tidy::types;
+use super::{ATTEND, EMBED, LINEAR, extent};
 use crate::onnx::{
     Graph, dims, elements, input, input_dims, ints, new_node, reads, with_float, with_ints,
 };
 use crate::recipe::{Geometry, Recipe};
 use sha2::{Digest, Sha256};
+use std::cell::Cell;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use tract_onnx::pb::NodeProto;
@@ -19,7 +21,9 @@ const WINDOW_MIN: usize = 1024;
 /// Fewer positions hold no answer, and nothing to be tried.
 const POSITIONS_MIN: usize = 16;
 /// Nodes of one attention block at most, its mask and angles included.
-const NODES_MAX: usize = 4096;
+const NODES_MAX: usize = 1024;
+/// Blocks that are written in different ways, at most: each is tried by itself.
+const WAYS_MAX: usize = 8;
 /// Numbers stored for one attention block at most: tables of cosines and sines.
 const STORED_MAX: usize = 64 << 20;
 
@@ -50,6 +54,8 @@ pub(super) fn attention(
     recipe: &mut Recipe,
     longest: usize,
 ) -> Result<(), String> {
+    let types = types(graph);
+    let effort = Cell::new(extent::effort_most(graph));
     let mut known: HashMap<[u8; 32], Rotation> = HashMap::new();
     let mut blocks = Vec::new();
     let mut wanted = longest;
@@ -59,16 +65,21 @@ pub(super) fn attention(
             break;
         }
         let failed = |why: String| format!("the attention of layer {layer} {why}");
-        let region = Region::find(graph, layer).map_err(failed)?;
+        let mut region = Region::find(graph, layer).map_err(failed)?;
         let signature = region.signature(graph);
         if let Entry::Vacant(entry) = known.entry(signature) {
             wanted = wanted.min(region.looked_up(graph));
             if wanted < POSITIONS_MIN {
                 return Err(failed(format!("has tables of {wanted} positions")));
             }
-            let found = Probe::new(graph, &region).recognise(wanted);
+            let found = Probe::new(graph, &region, &types, &effort).recognise(wanted);
             entry.insert(found.map_err(failed)?);
         }
+        if known.len() > WAYS_MAX {
+            return Err(format!("its layers attend in more than {WAYS_MAX} ways"));
+        }
+        // They may share many nodes.
+        (region.nodes, region.stored) = (Vec::new(), Vec::new());
         blocks.push((region, signature));
     }
     let Some((first, _)) = blocks.first() else {
@@ -346,7 +357,7 @@ impl Sizes {
             .checked_mul(head_dim)
             .ok_or("has too large heads")?;
         let query = match linears {
-            [(_, whole)] => whole.checked_sub(2 * kv_width),
+            [(_, whole)] => whole.checked_sub(kv_width.saturating_mul(2)),
             [(_, query), (_, key), (_, value)] if [*key, *value] == [kv_width; 2] => Some(*query),
             _ => None,
         };

@@ -2,7 +2,7 @@
 
 use crate::onnx::{Graph, GraphError, input};
 use std::collections::HashMap;
-use tract_onnx::pb::{GraphProto, NodeProto};
+use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
 
 /// The input of merged decoders that says whether there is a past.
 const USE_CACHE: &str = "use_cache_branch";
@@ -10,8 +10,15 @@ const USE_CACHE: &str = "use_cache_branch";
 /// Puts the branch with a past in the place of `If(use_cache_branch)`: with an empty past it does what the other does.
 pub(super) fn branches(graph: &mut Graph) -> Result<(), GraphError> {
     let chosen = |node: &NodeProto| node.op_type == "If" && input(node, 0) == Some(USE_CACHE);
-    while let Some(index) = graph.proto().node.iter().position(chosen) {
-        let node = graph.proto_mut().node.remove(index);
+    let proto = graph.proto_mut();
+    // Those still to be looked at, the next one last: a branch may hold further ones.
+    let mut nodes: Vec<NodeProto> = std::mem::take(&mut proto.node);
+    nodes.reverse();
+    while let Some(node) = nodes.pop() {
+        if !chosen(&node) {
+            proto.node.push(node);
+            continue;
+        }
         let branch = node
             .attribute
             .into_iter()
@@ -22,14 +29,16 @@ pub(super) fn branches(graph: &mut Graph) -> Result<(), GraphError> {
             let what = "has an If without a branch for its outputs";
             return Err(GraphError::Shape(what.into()));
         };
-        inline(graph.proto_mut(), index, branch, &node.output);
+        let (inner, stored) = inlined(branch, &node.output);
+        nodes.extend(inner.into_iter().rev());
+        proto.initializer.extend(stored);
     }
     graph.index();
     Ok(())
 }
 
-/// Inserts a branch's nodes, whose outputs take these names.
-fn inline(proto: &mut GraphProto, at: usize, branch: GraphProto, outputs: &[String]) {
+/// A branch's nodes, whose outputs take these names, and its stored tensors.
+fn inlined(branch: GraphProto, outputs: &[String]) -> (Vec<NodeProto>, Vec<TensorProto>) {
     let renamed: HashMap<&str, &String> = branch
         .output
         .iter()
@@ -46,6 +55,5 @@ fn inline(proto: &mut GraphProto, at: usize, branch: GraphProto, outputs: &[Stri
         node.input.iter_mut().for_each(rename);
         node.output.iter_mut().for_each(rename);
     }
-    proto.initializer.extend(branch.initializer);
-    proto.node.splice(at..at, nodes);
+    (nodes, branch.initializer)
 }

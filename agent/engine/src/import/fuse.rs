@@ -4,9 +4,12 @@
 use super::LINEAR;
 use crate::onnx::{Graph, float, int, ints, new_node, with_float, with_ints};
 use crate::recipe::Recipe;
+use std::collections::HashSet;
 use tract_onnx::pb::NodeProto;
 
 pub(crate) const PROJECT: &str = "MillwrightProject";
+/// Steps back to a stored tensor, at most.
+const STEPS_MAX: usize = 16;
 
 /// Whether the operators that were left work on each token alone, so that they may run on a flat batch.
 pub(super) fn position_wise(graph: &Graph) -> Result<(), String> {
@@ -61,7 +64,7 @@ pub(super) fn position_wise(graph: &Graph) -> Result<(), String> {
 /// Joins what can be joined. Every [`LINEAR`] becomes part of a [`PROJECT`].
 pub(super) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
     let mut made = Vec::new();
-    let mut gone = Vec::new();
+    let mut gone = HashSet::new();
     for node in graph
         .proto()
         .node
@@ -105,7 +108,12 @@ enum Input<'a> {
 }
 
 impl<'a> Project<'a> {
-    fn around(graph: &'a Graph, recipe: &Recipe, first: &'a NodeProto, gone: &[String]) -> Self {
+    fn around(
+        graph: &'a Graph,
+        recipe: &Recipe,
+        first: &'a NodeProto,
+        gone: &HashSet<String>,
+    ) -> Self {
         let x = first.input[0].as_str();
         let linears: Vec<_> = graph
             .consumers(x)
@@ -127,7 +135,7 @@ impl<'a> Project<'a> {
     }
 
     /// `Add(x, linear(x'))`, where x is another activation and not joined to somebody else already.
-    fn join_residual(&mut self, graph: &Graph, gone: &[String]) {
+    fn join_residual(&mut self, graph: &Graph, gone: &HashSet<String>) {
         let [output] = self.outputs.as_slice() else {
             return;
         };
@@ -193,7 +201,7 @@ fn normed<'a>(graph: &'a Graph, value: &str, cols: usize) -> Option<Input<'a>> {
 
 /// Whether a value is made of nothing but constants.
 fn is_constant<'a>(graph: &'a Graph, mut value: &'a str) -> bool {
-    loop {
+    for _ in 0..STEPS_MAX {
         if graph.is_initializer(value) {
             return true;
         }
@@ -209,6 +217,7 @@ fn is_constant<'a>(graph: &'a Graph, mut value: &'a str) -> bool {
             _ => return false,
         }
     }
+    false
 }
 
 /// `Mul(Mul(gate, Sigmoid(gate)), up)` of two linears of one width, the factors in either order.

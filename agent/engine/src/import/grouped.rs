@@ -7,7 +7,7 @@ use crate::onnx::{
     Graph, float, input, int, int_attribute, int_vector, is_or_absent, new_node, output,
     value_info, with_float,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{NodeProto, TensorProto};
 
@@ -43,6 +43,8 @@ pub(super) fn standardise(graph: &mut Graph) {
 struct Made {
     nodes: Vec<NodeProto>,
     stored: Vec<TensorProto>,
+    /// Masks of numbers that were made of masks of truths.
+    masks: HashSet<String>,
     /// Rotation inside the operator counts from the cache's length; outside, somebody must say where tokens stand.
     needs_positions: bool,
 }
@@ -83,8 +85,9 @@ fn grouped(graph: &Graph, made: &mut Made, node: &NodeProto) -> Option<Vec<NodeP
         (None, None) => {
             let [q, k, v] = ["q", "k", "v"].map(|part| format!("{out}/{part}"));
             let sizes = format!("{out}/sizes");
-            let widths = [heads, kv_heads, kv_heads].map(|heads| (heads * dim) as i64);
-            made.stored.push(int_vector(&sizes, widths.to_vec()));
+            let width = |heads: usize| i64::try_from(heads.checked_mul(dim)?).ok();
+            let widths = vec![width(heads)?, width(kv_heads)?, width(kv_heads)?];
+            made.stored.push(int_vector(&sizes, widths));
             let mut split = new_node("Split", &[input(node, 0)?, &sizes], &[&q, &k, &v]);
             split.attribute.push(int_attribute("axis", -1));
             nodes.push(split);
@@ -108,11 +111,11 @@ fn grouped(graph: &Graph, made: &mut Made, node: &NodeProto) -> Option<Vec<NodeP
             ));
             let width = graph
                 .initializer(input(node, 7)?)
-                .and_then(|t| t.dims.last().copied())?;
-            if width * 2 != dim as i64 {
+                .and_then(|t| t.dims.last()?.checked_mul(2))?;
+            if width != dim as i64 {
                 rotate
                     .attribute
-                    .push(int_attribute("rotary_embedding_dim", width * 2));
+                    .push(int_attribute("rotary_embedding_dim", width));
             }
             nodes.push(rotate);
             *value = rotated;
@@ -154,7 +157,7 @@ fn masked(
     let mask = input(node, 3).filter(|mask| types.get(*mask) == Some(&(DataType::Bool as i32)))?;
     let [seen, hidden, numbers] =
         ["seen", "hidden", "numbers"].map(|part| format!("{mask}/{part}"));
-    if !made.nodes.iter().any(|node| node.output[0] == numbers) {
+    if made.masks.insert(numbers.clone()) {
         for (name, value) in [(&seen, 0.0), (&hidden, f32::MIN)] {
             made.stored.push(TensorProto {
                 name: name.clone(),

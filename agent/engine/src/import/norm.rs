@@ -84,15 +84,10 @@ fn join_primitives(graph: &mut Graph) {
         if graph.node(index).op_type != "ReduceMean" {
             continue;
         }
-        if let Some((place, node)) = primitive(graph, graph.node(index)) {
-            let at = graph
-                .proto()
-                .node
-                .iter()
-                .position(|n| n.output.first() == Some(&place));
-            if let Some(at) = at {
-                graph.proto_mut().node[at] = node;
-            }
+        if let Some((place, node)) = primitive(graph, graph.node(index))
+            && let Some(at) = graph.place(&place)
+        {
+            graph.proto_mut().node[at] = node;
         }
     }
     graph.index();

@@ -4,11 +4,12 @@
 
 use super::angles;
 use super::attention::Region;
+use super::extent::{Extents, Lengths};
 use crate::onnx::Graph;
-use std::cell::OnceCell;
-use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use tract_onnx::pb::{GraphProto, ModelProto, tensor_proto::DataType};
+use crate::plan;
+use std::cell::{Cell, OnceCell};
+use std::collections::{HashMap, HashSet};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
 #[allow(clippy::wildcard_imports)] // tract's macros expect all of it
 use tract_onnx::tract_core::internal::*;
@@ -115,10 +116,18 @@ impl Case {
 }
 
 impl<'a> Probe<'a> {
-    pub(super) fn new(graph: &'a Graph, region: &'a Region) -> Self {
+    /// `types` are those of the graph's values; `effort` is what may be spent on trying.
+    pub(super) fn new(
+        graph: &'a Graph,
+        region: &'a Region,
+        types: &'a HashMap<String, i32>,
+        effort: &'a Cell<u64>,
+    ) -> Self {
         let machine = |output: &'a str| Machine {
             graph,
             region,
+            types,
+            effort,
             output,
             needed: region.behind(output),
             compiled: OnceCell::new(),
@@ -376,6 +385,9 @@ impl Random {
 struct Machine<'a> {
     graph: &'a Graph,
     region: &'a Region,
+    types: &'a HashMap<String, i32>,
+    /// Numbers that may still be made to try things out.
+    effort: &'a Cell<u64>,
     output: &'a str,
     /// All values that the result is made of.
     needed: HashSet<&'a str>,
@@ -388,8 +400,41 @@ impl Machine<'_> {
     ///
     /// tract panics at some graphs and sizes; here that is a block that can't be run.
     fn run(&self, case: &Case) -> TractResult<Vec<f32>> {
-        let run = AssertUnwindSafe(|| self.run_or_panic(case));
-        catch_unwind(run).unwrap_or_else(|_| bail!("tract panicked"))
+        self.spend(case)?;
+        plan::caught(|| self.run_or_panic(case))
+    }
+
+    /// Refuses runs that make too much.
+    fn spend(&self, case: &Case) -> TractResult<()> {
+        let (tokens, past) = (case.tokens, case.past);
+        let mut extents = Extents::new(self.graph, self.types);
+        for name in self.names() {
+            let mut linears = self.region.linears.iter();
+            if let Some((_, width)) = linears.find(|(linear, _)| linear == name) {
+                extents.put(name, &[1, tokens, *width]);
+            } else {
+                let of = self.region.sizes;
+                let cache = [1, of.kv_heads, past, of.head_dim].map(Some);
+                extents.feed(name, &cache, Lengths { tokens, past });
+            }
+        }
+        let stored = self.region.stored.iter();
+        let stored = stored.filter_map(|name| self.graph.initializer(name));
+        let followed = extents.follow(self.nodes(), stored);
+        followed.map_err(|what| format_err!("it has {what}"))?;
+        let left = self.effort.get().checked_sub(extents.effort());
+        self.effort.set(left.context("that takes too long")?);
+        Ok(())
+    }
+
+    /// Those that its result hangs on, in order.
+    fn nodes(&self) -> impl Iterator<Item = &NodeProto> {
+        let needed = |node: &&NodeProto| node.output.iter().any(|name| self.needs(name));
+        self.region.nodes.iter().filter(needed)
+    }
+
+    fn needs(&self, name: &str) -> bool {
+        self.needed.contains(name)
     }
 
     fn run_or_panic(&self, case: &Case) -> TractResult<Vec<f32>> {
@@ -426,7 +471,7 @@ impl Machine<'_> {
             let fact = self.fact(name, &tokens, &past)?;
             parsed.model.set_input_fact(index, fact)?;
         }
-        parsed.model.into_optimized()?.into_runnable()
+        plan::optimised(parsed.model)?.into_runnable()
     }
 
     /// The inputs that its result hangs on, in order.
@@ -437,10 +482,7 @@ impl Machine<'_> {
     }
 
     fn proto(&self) -> TractResult<GraphProto> {
-        let is_needed = |name: &str| self.needed.contains(name);
-        let nodes = self.region.nodes.iter();
-        let nodes = nodes.filter(|node| node.output.iter().any(|name| is_needed(name)));
-        let stored = self.region.stored.iter().filter(|name| is_needed(name));
+        let stored = self.region.stored.iter().filter(|name| self.needs(name));
         let stored = stored.map(|name| {
             let tensor = self
                 .graph
@@ -449,7 +491,7 @@ impl Machine<'_> {
             Ok(self.graph.resident(tensor)?)
         });
         Ok(GraphProto {
-            node: nodes.cloned().collect(),
+            node: self.nodes().cloned().collect(),
             initializer: stored.collect::<TractResult<_>>()?,
             input: self
                 .names()

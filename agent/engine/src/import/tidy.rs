@@ -1,7 +1,7 @@
 //! Makes exports alike before anything is recognised in them: one branch, no constant nodes, one float type, no
 //! nodes that do nothing. What a graph computes stays the same, but for floats that become wider.
 
-use super::branch;
+use super::{branch, extent};
 use crate::folder::Heads;
 use crate::onnx::{Graph, GraphError, Numbers, elements, input, input_type, int, output, set_dim};
 use std::collections::HashMap;
@@ -9,8 +9,6 @@ use tract_onnx::pb::attribute_proto::AttributeType;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
-/// Numbers of a tensor that a node makes out of a stored shape, at most.
-const MADE_MAX: f32 = (1 << 26) as f32;
 /// Numbers that are added or multiplied while importing, at most.
 const FOLDED_MAX: usize = 1 << 16;
 
@@ -18,7 +16,7 @@ pub(crate) fn tidy(graph: &mut Graph) -> Result<(), GraphError> {
     branch::branches(graph)?;
     constants(graph);
     graph.admit()?;
-    bounded(graph)?;
+    extent::bounded(graph)?;
     widen(graph);
     skip_idle(graph);
     fold(graph);
@@ -100,31 +98,6 @@ fn is_float(of: i32) -> bool {
         DataType::Double,
     ];
     floats.iter().any(|float| *float as i32 == of)
-}
-
-/// Refuses nodes that would make a tensor out of proportion to the file: tract computes what is constant before it
-/// looks at its size.
-fn bounded(graph: &Graph) -> Result<(), GraphError> {
-    for node in &graph.proto().node {
-        let at = match node.op_type.as_str() {
-            "ConstantOfShape" => 0,
-            "Expand" | "Tile" | "Reshape" => 1,
-            _ => continue,
-        };
-        let Some(sizes) = input(node, at).and_then(|name| graph.values(name)) else {
-            continue;
-        };
-        let made: f32 = sizes.iter().map(|size| size.abs().max(1.0)).product();
-        if made > MADE_MAX {
-            let name = &node.name;
-            let what = format!(
-                "has a node {name} ({}) that makes {made} numbers",
-                node.op_type
-            );
-            return Err(GraphError::Shape(what));
-        }
-    }
-    Ok(())
 }
 
 /// All floats are f32 from here on: casts between them do nothing, and stored ones are read as f32 whatever they are.
@@ -218,8 +191,7 @@ fn fold(graph: &mut Graph) {
     for index in 0..graph.proto().node.len() {
         if let Some(tensor) = folded(graph, graph.node(index)) {
             graph.proto_mut().node[index].output.clear();
-            graph.proto_mut().initializer.push(tensor);
-            graph.index();
+            graph.store(tensor);
         }
     }
     graph.sweep();

@@ -9,6 +9,8 @@ use tract_onnx::pb::{NodeProto, TensorProto};
 pub(super) const BLOCK: usize = millwright_kernels::packed::BLOCK;
 /// Columns that may share a scale are a multiple of this.
 pub(super) const GROUP_MIN: usize = 16;
+/// Transpositions behind each other that are looked through; no exporter writes more than two.
+const TRANSPOSES_MAX: usize = 4;
 
 /// The matrix that a value holds. `order` says how `[rows, cols]` lie in it: a `MatMul`'s second operand is
 /// column-major.
@@ -27,9 +29,10 @@ pub(super) fn transposed<'a>(
     mut value: &'a str,
     mut order: Order,
 ) -> (&'a str, Order) {
-    while let Some(node) = graph.made_by(value, "Transpose") {
-        let Some(source) = input(node, 0).filter(|_| matches!(ints(node, "perm"), [1, 0] | []))
-        else {
+    for _ in 0..TRANSPOSES_MAX {
+        let node = graph.made_by(value, "Transpose");
+        let node = node.filter(|node| matches!(ints(node, "perm"), [1, 0] | []));
+        let Some(source) = node.and_then(|node| input(node, 0)) else {
             break;
         };
         order = match order {

@@ -11,8 +11,10 @@ const INLINE_BYTES_MAX: usize = 4096;
 /// What a graph may take besides weights. Graphs of thirty layers take one or two MB.
 const SKELETON_BYTES_MAX: usize = 32 << 20;
 /// Parts (nodes, names, attributes, tensors) of a graph; each takes some hundred bytes in memory, whatever it has in
-/// the file. Thirty layers have some fifty thousand.
+/// the file. Thirty layers have some fifty thousand; larger graphs have names and numbers too.
 const PARTS_MAX: usize = 500_000;
+const PARTS_MIN: usize = 100_000;
+const BYTES_PER_PART: usize = 16;
 /// What a graph's input or output may take: a name and a shape.
 const VALUE_BYTES_MAX: usize = 4096;
 /// Graphs inside nodes inside graphs.
@@ -118,8 +120,9 @@ impl<'a> Walk<'a> {
             let content = begin.len() - rest.len();
             rest = &rest[length..];
             self.parts += 1;
-            if self.parts > PARTS_MAX {
-                return Err(format!("it has more than {PARTS_MAX} parts"));
+            let most = (PARTS_MIN + self.file.len() / BYTES_PER_PART).min(PARTS_MAX);
+            if self.parts > most {
+                return Err(format!("it has more than {most} parts"));
             }
             fields.push(Field {
                 number,

@@ -63,6 +63,11 @@ impl Files {
         self.maps.keys().map(String::as_str)
     }
 
+    /// Their sizes together.
+    pub(super) fn total_bytes(&self) -> u64 {
+        self.maps.values().map(|map| map.bytes().len() as u64).sum()
+    }
+
     /// Lets go of the memory of what was read from them; read again, it comes back.
     pub(super) fn forget(&self) {
         self.maps.values().for_each(Mapped::forget);
@@ -124,8 +129,8 @@ impl Files {
             .ok_or("lies beyond the end of its file")
     }
 
-    /// Checks that a tensor's stated shape is what its bytes hold.
-    pub(super) fn check(&self, tensor: &TensorProto) -> Result<(), GraphError> {
+    /// Checks that a tensor's stated shape is what its bytes hold, and says how many those are.
+    pub(super) fn check(&self, tensor: &TensorProto) -> Result<usize, GraphError> {
         let wrong = |reason| GraphError::Tensor {
             tensor: tensor.name.clone(),
             reason,
@@ -143,7 +148,7 @@ impl Files {
             let reason = format!("shape {:?} does not fit its {found} bytes", tensor.dims);
             return Err(wrong(reason));
         }
-        Ok(())
+        Ok(found)
     }
 }
 
