@@ -455,12 +455,12 @@ fn folders_that_cannot_become_bundles_are_left_as_they_are() {
     let mut unknown = ModelProto::decode(&*fs::read(&graph).unwrap()).unwrap();
     let nodes = &mut unknown.graph.as_mut().unwrap().node;
     let softmax = nodes.iter_mut().find(|node| node.op_type == "Softmax");
-    softmax.unwrap().op_type = "Sparsemax".into();
+    softmax.unwrap().op_type = "MeanVarianceNormalization".into();
     fs::write(&graph, unknown.encode_to_vec()).unwrap();
     let error = bundled(&model, &options(&folder), &folder.path().join("again")).unwrap_err();
     let said = error.to_string();
     assert!(
-        said.contains("Sparsemax") && said.contains("/out"),
+        said.contains("MeanVarianceNormalization") && said.contains("/out"),
         "{said}"
     );
     fs::write(&graph, "nothing").unwrap();

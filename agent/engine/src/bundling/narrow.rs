@@ -98,7 +98,7 @@ impl Floats {
             }
             source.forget();
             let groups = of.cols / BLOCK;
-            let dims = [of.rows, groups, BLOCK];
+            let dims = [of.rows, of.cols];
             proto
                 .initializer
                 .push(external(weights(of), DataType::Uint8, &dims, at));

@@ -18,10 +18,11 @@ use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
 use value::{COMPUTED_MAX, Extent};
 
 /// Numbers that any graph may make of what is stored, or in one value when it runs.
-const NUMBERS_MIN: u64 = 1 << 21;
+const NUMBERS_MIN: u64 = 1 << 22;
 /// As many more for each byte of its files: a byte holds two numbers of four bits, which go through some operators.
 const NUMBERS_PER_BYTE: u64 = 8;
-/// What a run may make and add up, for each number that one value may hold: a chunk takes each weight once a token.
+/// What trying blocks may make and add up, for each number that one value may hold: a chunk takes each weight once a
+/// token.
 const EFFORT_PER_NUMBER: u64 = 64;
 /// Numbers computed to find sizes, at most.
 const COMPUTED_ALL_MAX: usize = 1 << 20;
@@ -59,7 +60,7 @@ pub(super) fn bounded(graph: &Graph) -> Result<(), GraphError> {
     Ok(())
 }
 
-/// Numbers that may be made and added up in one run, or to try what blocks do.
+/// Numbers that may be made and added up to try what blocks do.
 pub(super) fn effort_most(graph: &Graph) -> u64 {
     most(graph).saturating_mul(EFFORT_PER_NUMBER)
 }
@@ -152,11 +153,6 @@ impl<'a> Extents<'a> {
                         format!("that makes {count} numbers: too many for the model's files");
                     return Err(wrong(&what));
                 }
-                if self.effort > effort_most(self.graph) {
-                    return Err(wrong(
-                        "up to which a run takes too long for the model's files",
-                    ));
-                }
                 extent.is_fixed = fixed;
                 self.computed += extent.numbers.as_ref().map_or(0, Vec::len);
                 if self.computed > COMPUTED_ALL_MAX {
@@ -207,17 +203,24 @@ impl<'a> Extents<'a> {
             return Ok(vec![sized?]);
         }
         let made = self.shaped(node);
-        let mut made = made.unwrap_or_else(|| vec![self.product(node)]);
+        let mut made = match made {
+            Some(made) => made,
+            None => vec![
+                self.product(node)
+                    .ok_or("whose size this version can't tell")?,
+            ],
+        };
         // Further outputs have the first's size at most.
         let rest = made.first().map_or(0, |first| first.count);
         made.resize(made.len().max(node.output.len()), Extent::flat(rest));
         Ok(made)
     }
 
-    /// Of an operator that is not known here: it pairs each number with each at most.
-    fn product(&self, node: &NodeProto) -> Extent {
+    /// Of an operator that is not known here: it pairs each number with each at most. `None` where that is too much.
+    fn product(&self, node: &NodeProto) -> Option<Extent> {
         let inputs = (0..node.input.len()).filter_map(|i| self.input(node, i));
-        Extent::flat(inputs.fold(1, |all: u64, x| all.saturating_mul(x.count.max(1))))
+        let count = inputs.fold(1, |all: u64, x| all.saturating_mul(x.count.max(1)));
+        (count <= self.most).then(|| Extent::flat(count))
     }
 
     /// What an `If`'s branches make: the larger one of each output.
