@@ -11,7 +11,7 @@ mod shaped;
 mod sized;
 mod value;
 
-use super::tidy::types;
+use super::tidy::{is_float, types};
 use crate::onnx::{Graph, GraphError, elements, input, input_dims, reads};
 use std::collections::HashMap;
 use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
@@ -26,6 +26,9 @@ const NUMBERS_PER_BYTE: u64 = 8;
 const EFFORT_PER_NUMBER: u64 = 64;
 /// Numbers computed to find sizes, at most.
 const COMPUTED_ALL_MAX: usize = 1 << 20;
+
+/// More floats than this are no sizes.
+const FLOATS_MAX: usize = 64;
 
 /// How many tokens there are, and how many before them.
 #[derive(Debug, Clone, Copy)]
@@ -154,6 +157,8 @@ impl<'a> Extents<'a> {
                     return Err(wrong(&what));
                 }
                 extent.is_fixed = fixed;
+                let of = self.types.get(name).copied();
+                extent.numbers = extent.numbers.filter(|numbers| is_worth(numbers.len(), of));
                 self.computed += extent.numbers.as_ref().map_or(0, Vec::len);
                 if self.computed > COMPUTED_ALL_MAX {
                     extent.numbers = None;
@@ -167,7 +172,7 @@ impl<'a> Extents<'a> {
     fn stored(&self, tensor: &TensorProto) -> Extent {
         let count = elements(tensor).map_or(u64::MAX, |n| n as u64);
         let dims = crate::onnx::dims(tensor);
-        let is_few = count <= COMPUTED_MAX;
+        let is_few = count <= COMPUTED_MAX && is_worth(count as usize, Some(tensor.data_type));
         let numbers = is_few.then(|| self.graph.checked_numbers(tensor)).flatten();
         let mut extent = Extent::of(dims.iter().map(|&n| n as u64).collect()).with(numbers);
         extent.is_fixed = true;
@@ -249,6 +254,11 @@ impl<'a> Extents<'a> {
         }
         Ok(Some(made))
     }
+}
+
+/// Whether so many numbers of a type may be what sizes are made of: gains and scales are not, and there are many.
+fn is_worth(count: usize, of: Option<i32>) -> bool {
+    count <= FLOATS_MAX || !of.is_some_and(is_float)
 }
 
 /// Operators that are as large as they say themselves, or run graphs: none that language models have.

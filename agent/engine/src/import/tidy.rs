@@ -90,7 +90,7 @@ fn constant(node: &mut NodeProto) -> Option<TensorProto> {
 }
 
 /// Whether a number's type is a float of any width.
-fn is_float(of: i32) -> bool {
+pub(super) fn is_float(of: i32) -> bool {
     let floats = [
         DataType::Float,
         DataType::Float16,

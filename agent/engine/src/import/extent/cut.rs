@@ -114,7 +114,7 @@ impl Extents<'_> {
         let (mut made, mut numbers) = (data.alike(), data.numbers.clone());
         for (((&start, &end), &axis), &step) in starts.iter().zip(&ends).zip(&axes).zip(&steps) {
             let at = data.axis(axis)?;
-            let size = data.dims.as_ref()?[at] as i64;
+            let size = i64::try_from(data.dims.as_ref()?[at]).ok()?;
             if step != 1 {
                 numbers = None;
                 continue;

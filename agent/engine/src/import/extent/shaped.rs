@@ -110,6 +110,7 @@ impl Extents<'_> {
             }
             "NonZero" => one(Extent::of(vec![x(0)?.rank().max(1) as u64, x(0)?.count])),
             "MatMul" | "MatMulInteger" => one(matmul(x(0)?, x(1)?)?),
+            "QLinearMatMul" => one(matmul(x(0)?, x(3)?)?),
             "Gemm" => {
                 let side = |i: usize, flag: &str| {
                     let dims = x(i)?.dims.as_ref()?;

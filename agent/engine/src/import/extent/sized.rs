@@ -53,20 +53,21 @@ impl Extents<'_> {
                     [] => x(1).and_then(Extent::ints),
                     stated => Some(stated.to_vec()),
                 };
-                x(0).zip(pads).map(|(data, pads)| {
+                x(0).zip(pads).and_then(|(data, pads)| {
                     let rank = data.rank();
                     let around = |axis: usize| {
                         let pad = |i: usize| pads.get(i).map_or(0, |&n| n.max(0)) as u64;
                         pad(axis).saturating_add(pad(axis + rank))
                     };
-                    let dims = data.dims.iter().flatten().enumerate();
+                    let dims = data.dims.as_ref()?.iter().enumerate();
                     // Axes may be given in any order; then all of the padding may lie on each.
                     let all = pads
                         .iter()
                         .fold(0, |all: u64, &n| all.saturating_add(n.max(0) as u64));
                     let named = x(3).is_some();
                     let more = |axis| if named { all } else { around(axis) };
-                    Extent::of(dims.map(|(axis, n)| n.saturating_add(more(axis))).collect())
+                    let dims = dims.map(|(axis, n)| n.saturating_add(more(axis)));
+                    Some(Extent::of(dims.collect()))
                 })
             }
             "Range" => {
