@@ -2,18 +2,37 @@
 
 use super::Extents;
 use super::value::{Extent, fitting};
-use crate::onnx::{int, ints};
+use crate::onnx::{input, int, ints};
 use tract_onnx::pb::NodeProto;
 
+/// Numbers that are there and can't be told.
+pub(super) struct Unknown;
+
 impl Extents<'_> {
+    /// Whole numbers that an operator has in an attribute or, since some opset, in an input; `None` without either.
+    pub(super) fn listed(
+        &self,
+        node: &NodeProto,
+        index: usize,
+        name: &str,
+    ) -> Result<Option<Vec<i64>>, Unknown> {
+        match (ints(node, name), input(node, index)) {
+            ([], None) => Ok(None),
+            ([], Some(_)) => {
+                let numbers = self.input(node, index).and_then(Extent::ints);
+                numbers.map(Some).ok_or(Unknown)
+            }
+            (stated, None) => Ok(Some(stated.to_vec())),
+            // tract takes one of them, by the opset.
+            _ => Err(Unknown),
+        }
+    }
+
     /// The sizes that a `Reshape` or its kin gives.
     pub(super) fn reshaped(&self, node: &NodeProto) -> Option<Extent> {
         let data = self.input(node, 0)?;
         let dims = data.dims.as_ref();
-        let named = || match ints(node, "axes") {
-            [] => self.input(node, 1).map(Extent::ints),
-            stated => Some(Some(stated.to_vec())),
-        };
+        let named = || self.listed(node, 1, "axes");
         Some(Extent::of(match node.op_type.as_str() {
             "Reshape" => {
                 let wanted = self.input(node, 1)?.ints()?;
@@ -45,9 +64,9 @@ impl Extents<'_> {
                 [a, b].map(|part| Extent::of(part.to_vec()).count).to_vec()
             }
             "Squeeze" => {
-                let axes: Option<Vec<usize>> = match named() {
+                let axes: Option<Vec<usize>> = match named().ok()? {
                     None => None,
-                    Some(axes) => Some(axes?.iter().map(|&a| data.axis(a)).collect::<Option<_>>()?),
+                    Some(axes) => Some(axes.iter().map(|&a| data.axis(a)).collect::<Option<_>>()?),
                 };
                 let gone =
                     |axis: usize, n: u64| axes.as_ref().map_or(n == 1, |a| a.contains(&axis));
@@ -58,7 +77,7 @@ impl Extents<'_> {
                 kept.map(|(_, &n)| n).collect()
             }
             _ => {
-                let axes = named()??;
+                let axes = named().ok()??;
                 let rank = dims?.len() + axes.len();
                 let place = |&axis: &i64| if axis < 0 { axis + rank as i64 } else { axis };
                 let ones: Vec<i64> = axes.iter().map(place).collect();
@@ -80,10 +99,9 @@ impl Extents<'_> {
         let axis = int(node, "axis").unwrap_or(0);
         let at = data.axis(axis)?;
         let parts = node.output.len().max(1) as u64;
-        let sizes = match (ints(node, "split"), self.input(node, 1)) {
-            ([], Some(sizes)) => sizes.ints()?,
-            ([], None) => vec![data.dims.as_ref()?[at].div_ceil(parts) as i64; parts as usize],
-            (stated, _) => stated.to_vec(),
+        let sizes = match self.listed(node, 1, "split").ok()? {
+            Some(sizes) => sizes,
+            None => vec![data.dims.as_ref()?[at].div_ceil(parts) as i64; parts as usize],
         };
         let mut first = 0usize;
         let part = |&size: &i64| {
@@ -96,21 +114,21 @@ impl Extents<'_> {
                     .with(numbers.map(<[f64]>::to_vec)),
             )
         };
-        sizes.iter().map(part).collect()
+        sizes.iter().take(node.output.len()).map(part).collect()
     }
 
     /// As much as it leaves, or all where that can't be told.
     pub(super) fn slice(&self, node: &NodeProto) -> Option<Extent> {
         let data = self.input(node, 0)?;
-        let given = |i: usize, name: &str| match ints(node, name) {
-            [] => self.input(node, i).and_then(Extent::ints),
-            stated => Some(stated.to_vec()),
-        };
-        let (Some(starts), Some(ends)) = (given(1, "starts"), given(2, "ends")) else {
+        let given = |i: usize, name: &str| self.listed(node, i, name);
+        let (Ok(Some(starts)), Ok(Some(ends))) = (given(1, "starts"), given(2, "ends")) else {
             return Some(data.alike());
         };
-        let axes = given(3, "axes").unwrap_or_else(|| (0..starts.len() as i64).collect());
-        let steps = given(4, "steps").unwrap_or_else(|| vec![1; starts.len()]);
+        let (Ok(axes), Ok(steps)) = (given(3, "axes"), given(4, "steps")) else {
+            return Some(data.alike());
+        };
+        let axes = axes.unwrap_or_else(|| (0..starts.len() as i64).collect());
+        let steps = steps.unwrap_or_else(|| vec![1; starts.len()]);
         let (mut made, mut numbers) = (data.alike(), data.numbers.clone());
         for (((&start, &end), &axis), &step) in starts.iter().zip(&ends).zip(&axes).zip(&steps) {
             let at = data.axis(axis)?;
@@ -130,11 +148,8 @@ impl Extents<'_> {
     pub(super) fn reduced(&self, node: &NodeProto) -> Option<Extent> {
         let data = self.input(node, 0)?;
         let keeps = int(node, "keepdims").unwrap_or(1) != 0;
-        let axes = match (ints(node, "axes"), self.input(node, 1)) {
-            ([], None) => (0..data.rank() as i64).collect(),
-            ([], Some(axes)) => axes.ints()?,
-            (stated, _) => stated.to_vec(),
-        };
+        let axes = self.listed(node, 1, "axes").ok()?;
+        let axes = axes.unwrap_or_else(|| (0..data.rank() as i64).collect());
         let axes = axes
             .iter()
             .map(|&axis| data.axis(axis))

@@ -2,21 +2,17 @@
 
 use super::Extents;
 use super::value::{COMPUTED_MAX, Extent, broadcast, spread};
-use crate::onnx::{int, ints};
+use crate::onnx::int;
 use tract_onnx::pb::NodeProto;
 
 impl Extents<'_> {
     /// Operators whose output is as large as numbers say: `None` for others, an error where those aren't known.
     pub(super) fn sized(&self, node: &NodeProto) -> Option<Result<Extent, &'static str>> {
         let x = |i: usize| self.input(node, i);
+        // Below zero they wrap around where tract takes them.
         let sizes = |i: usize| -> Option<Vec<u64>> {
-            let sizes = x(i)?.ints()?;
-            Some(
-                sizes
-                    .into_iter()
-                    .map(|n| u64::try_from(n).unwrap_or(0))
-                    .collect(),
-            )
+            let sizes = x(i)?.ints()?.into_iter();
+            sizes.map(|n| u64::try_from(n).ok()).collect()
         };
         let made = match node.op_type.as_str() {
             "ConstantOfShape" => sizes(0).map(|dims| {
@@ -49,10 +45,7 @@ impl Extents<'_> {
                 Extent::of(dims.collect())
             }),
             "Pad" => {
-                let pads = match ints(node, "pads") {
-                    [] => x(1).and_then(Extent::ints),
-                    stated => Some(stated.to_vec()),
-                };
+                let pads = self.listed(node, 1, "pads").ok().flatten();
                 x(0).zip(pads).and_then(|(data, pads)| {
                     let rank = data.rank();
                     let around = |axis: usize| {
