@@ -491,6 +491,7 @@ impl Comparison {
                 y: &mut y,
                 bias: None,
                 residual: None,
+                fine: false,
             };
             self.kernel.matmuls(&mut [job], &self.quantised, &self.pool);
             let wanted = seen

@@ -177,6 +177,8 @@ struct Project {
     weights: TVec<usize>,
     /// Their tables, where they have one.
     biases: TVec<Option<usize>>,
+    /// Which of them take the activations' remainders too.
+    fine: TVec<bool>,
     widths: TVec<usize>,
     /// Set for the head: only the rows that are sampled, this symbol many.
     head: bool,
@@ -194,6 +196,7 @@ impl Project {
                 .iter()
                 .map(|&v| usize::try_from(v).ok()?.checked_sub(1))
                 .collect(),
+            fine: ints(node, "fine").iter().map(|&v| v != 0).collect(),
             widths: ints(node, "widths").iter().map(|&v| v as usize).collect(),
             gated: index(node, "gated", 0)? == 1,
             head: index(node, "head", 0)? == 1,
@@ -274,6 +277,7 @@ impl EvalOp for Project {
         };
         let weight = |&index: &usize| turn.weights().weight(index);
         quantised.keep_sums(self.weights.iter().any(|w| weight(w).kind().needs_sums()));
+        quantised.keep_remainders(self.fine.contains(&true));
         turn.kernel
             .quantise_rows(rows, width, quantised, &turn.pool);
         let count = x.len() / width;
@@ -284,13 +288,14 @@ impl EvalOp for Project {
             let views = outputs.iter_mut().map(writable);
             let mut views = views.collect::<TractResult<TVec<_>>>()?;
             let mut jobs = TVec::<Job>::new();
-            let linears = self.weights.iter().zip(&self.biases);
-            for (view, (&weight, bias)) in views.iter_mut().zip(linears) {
+            let linears = self.weights.iter().zip(&self.biases).zip(&self.fine);
+            for (view, ((&weight, bias), &fine)) in views.iter_mut().zip(linears) {
                 jobs.push(Job {
                     weight: turn.weights().weight(weight),
                     y: view.as_slice_mut()?,
                     bias: bias.map(|table| turn.weights().table(table)),
                     residual: None,
+                    fine,
                 });
             }
             if inputs.len() > 1 + usize::from(self.gated) {

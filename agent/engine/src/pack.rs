@@ -60,7 +60,7 @@ pub enum PackError {
 }
 
 /// Raised whenever importing makes something else of the same file, so that it is imported anew.
-pub(crate) const IMPORT: u32 = 3;
+pub(crate) const IMPORT: u32 = 4;
 
 /// What decides what a packed file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -93,6 +93,7 @@ impl Buffers {
                 y,
                 bias: None,
                 residual: None,
+                fine: false,
             });
         }
         kernel.matmuls(&mut jobs, &self.a, pool);

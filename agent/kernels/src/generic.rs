@@ -71,27 +71,49 @@ pub(crate) fn evaluate<S: Simd>(s: S, row: Row, out: &mut [f32]) {
     }
 }
 
-/// Quantises a row of `blocks` · 32 elements.
+/// Quantises a row of `blocks` · 32 elements, and what is left of it.
 #[inline(always)]
-pub(crate) fn quantise<S: Simd>(s: S, row: Row, blocks: usize, slot: &mut Slot) {
+pub(crate) fn quantise<S: Simd>(
+    s: S,
+    row: Row,
+    blocks: usize,
+    slot: &mut Slot,
+    mut remainder: Option<&mut Slot>,
+) {
     let factor = factor(s, row);
     for block in 0..blocks {
         let low = s.nan_to_zero(elements::<S, false>(s, row, factor, block * 32));
         let high = s.nan_to_zero(elements::<S, false>(s, row, factor, block * 32 + 16));
-        let amax = s.max_lane(s.max(s.abs(low), s.abs(high)));
-        let mut q = [[0; 16]; 2];
-        if amax >= AMAX_MIN && amax.is_finite() {
-            let inverse = s.splat(127.0 / amax);
-            // |x| · (127 / amax) is at most 127.00002, which rounds to 127: nothing to clamp.
-            let halves = [
-                s.store_i8(s.round(s.mul(low, inverse)), &mut q[0]),
-                s.store_i8(s.round(s.mul(high, inverse)), &mut q[1]),
-            ];
-            slot.put(block, q, amax / 127.0, halves);
-        } else {
-            slot.put(block, q, 0.0, [0; 2]);
+        let left = put(s, [low, high], block, slot);
+        if let Some(slot) = &mut remainder {
+            put(s, left, block, slot);
         }
     }
+}
+
+/// Quantises a block; what rounding took from it.
+#[inline(always)]
+fn put<S: Simd>(s: S, x: [S::F; 2], block: usize, slot: &mut Slot) -> [S::F; 2] {
+    let amax = s.max_lane(s.max(s.abs(x[0]), s.abs(x[1])));
+    let mut q = [[0; 16]; 2];
+    if !(amax >= AMAX_MIN && amax.is_finite()) {
+        slot.put(block, q, 0.0, [0; 2]);
+        return [s.splat(0.0); 2];
+    }
+    let (inverse, scale) = (s.splat(127.0 / amax), amax / 127.0);
+    // |x| · (127 / amax) is at most 127.00002, which rounds to 127: nothing to clamp.
+    // Closures would not be compiled for the CPU.
+    let rounded = [s.round(s.mul(x[0], inverse)), s.round(s.mul(x[1], inverse))];
+    let halves = [
+        s.store_i8(rounded[0], &mut q[0]),
+        s.store_i8(rounded[1], &mut q[1]),
+    ];
+    slot.put(block, q, scale, halves);
+    let minus = s.splat(-scale);
+    [
+        s.fma(rounded[0], minus, x[0]),
+        s.fma(rounded[1], minus, x[1]),
+    ]
 }
 
 #[inline(always)]

@@ -201,25 +201,6 @@ impl Kernel {
         !self.reference
     }
 
-    /// Quantises `x` `[k]` as token `token` of `into`, which has been resized to `[m, k]`.
-    ///
-    /// # Panics
-    /// If the sizes don't fit.
-    pub fn quantise(&self, x: &[f32], into: &mut Quantised, token: usize) {
-        assert_eq!(x.len(), into.k(), "the activations are not one row long");
-        assert!(token < into.m(), "token {token} of {}", into.m());
-        self.prepare(into);
-        if self.reference {
-            into.plain[token * x.len()..][..x.len()].copy_from_slice(x);
-            return;
-        }
-        let slots = into.slots();
-        // SAFETY: `into` is borrowed until the end of this function and this is its only slot.
-        let mut slot = unsafe { slots.token(token) };
-        // SAFETY: this kernel was detected.
-        unsafe { (self.ops.quantise)(Row::Plain(x), x.len(), &mut slot) }
-    }
-
     /// Computes and quantises all rows into `into`, which becomes `[m, width]`; rows are split over the pool.
     ///
     /// # Panics
@@ -239,9 +220,10 @@ impl Kernel {
         let work = |worker, workers| {
             for token in Pool::split(m, worker, workers) {
                 // SAFETY: `into` is borrowed until the pool is done, and each token has one worker.
-                let mut slot = unsafe { slots.token(token) };
+                let (mut slot, mut remainder) = unsafe { slots.token(token) };
+                let row = rows.row(width, token);
                 // SAFETY: this kernel was detected.
-                unsafe { (self.ops.quantise)(rows.row(width, token), width, &mut slot) }
+                unsafe { (self.ops.quantise)(row, width, &mut slot, remainder.as_mut()) }
             }
         };
         // One token is not worth waking anybody.
@@ -265,6 +247,7 @@ impl Kernel {
             y,
             bias: None,
             residual: None,
+            fine: false,
         };
         self.matmuls(&mut [job], a, pool);
     }
@@ -302,8 +285,8 @@ impl Kernel {
             );
         }
         assert!(
-            jobs.iter().all(|job| a.suits(job.weight.kind())),
-            "the activations lack the sums that the weight needs"
+            jobs.iter().all(|job| a.suits(job)),
+            "the activations lack sums that a weight needs, or remainders"
         );
         assert_eq!(
             a.is_plain, self.reference,
@@ -318,12 +301,13 @@ impl Kernel {
             for index in 0..count {
                 // SAFETY: in bounds, and the jobs are borrowed until the pool is done. No reference to the output
                 // is made, only a pointer from the one that the job holds.
-                let (weight, bias, residual, y) = unsafe {
+                let (weight, bias, residual, fine, y) = unsafe {
                     let job = base.at(index);
                     (
                         (*job).weight,
                         (*job).bias,
                         (*job).residual,
+                        (*job).fine,
                         &raw mut *(*job).y,
                     )
                 };
@@ -334,7 +318,7 @@ impl Kernel {
                 before += tiles;
                 // SAFETY: `y` is borrowed as the jobs are, and the ranges of the workers are disjoint.
                 let rows = weight.shape().rows();
-                let out = unsafe { Output::new(y.cast(), y.len(), rows, bias, residual) };
+                let out = unsafe { Output::new(y.cast(), y.len(), rows, bias, residual, fine) };
                 if self.reference {
                     crate::reference::tiles(weight, range, a, &out);
                 } else {

@@ -16,15 +16,18 @@ pub struct Job<'a> {
     pub bias: Option<&'a [f32]>,
     /// `[m, rows]`, added after that.
     pub residual: Option<&'a [f32]>,
+    /// Whether the activations' remainders are added too: twice the arithmetic, with weights that are read once.
+    pub fine: bool,
 }
 
 /// Where the results of one linear go, `[m, rows]`; workers write disjoint tiles of it.
 pub(crate) struct Output<'a> {
     y: Shareable<f32>,
     bias: Option<&'a [f32]>,
-    residual: Option<&'a [f32]>,
+    residual: Option<*const f32>,
     m: usize,
     rows: usize,
+    fine: bool,
 }
 
 impl<'a> Output<'a> {
@@ -37,34 +40,52 @@ impl<'a> Output<'a> {
         rows: usize,
         bias: Option<&'a [f32]>,
         residual: Option<&'a [f32]>,
+        fine: bool,
     ) -> Self {
         Self {
             bias,
-            residual,
+            residual: residual.map(<[f32]>::as_ptr),
             m: len / rows,
             rows,
             y: Shareable(y),
+            fine,
         }
     }
 
-    /// Takes the sums of one tile for one token.
+    /// Rows of activations that go into it: tokens, and remainders.
+    #[inline(always)]
+    pub(crate) fn activations(&self) -> usize {
+        self.m * (1 + usize::from(self.fine))
+    }
+
+    /// Takes the sums of one tile for one token, or for the remainder of one that it has taken.
     #[inline(always)]
     pub(crate) fn put<S: Simd>(&self, s: S, token: usize, tile: usize, sums: S::F) {
         let row = tile * TILE_ROWS;
-        assert!(token < self.m && row < self.rows);
+        assert!(token < self.activations() && row < self.rows);
         let count = TILE_ROWS.min(self.rows - row);
+        let (token, bias, residual) = match token.checked_sub(self.m) {
+            None => (token, self.bias, self.residual),
+            // SAFETY: there is a first element.
+            Some(token) => (token, None, Some(unsafe { self.y.at(0) }.cast_const())),
+        };
         let at = token * self.rows + row;
-        let sums = match self.bias {
+        let sums = match bias {
             Some(bias) => s.add(sums, s.load_part(&bias[row..row + count])),
             None => sums,
         };
-        let sums = match self.residual {
-            Some(residual) => s.add(sums, s.load_part(&residual[at..at + count])),
-            None => sums,
+        // SAFETY: `count` places from here on lie in row `token` of `y`, by the assertion, and of the residual, which is
+        // as large. They belong to this tile, which is this thread's.
+        let (sums, out) = unsafe {
+            let sums = match residual {
+                Some(residual) => s.add(
+                    sums,
+                    s.load_part(std::slice::from_raw_parts(residual.add(at), count)),
+                ),
+                None => sums,
+            };
+            (sums, std::slice::from_raw_parts_mut(self.y.at(at), count))
         };
-        // SAFETY: `count` places from here on lie in row `token` of `y`, by the assertion; they belong to this
-        // tile, which is this thread's.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.y.at(at), count) };
         s.store_part(sums, out);
     }
 }
@@ -137,7 +158,7 @@ fn walk<S: Simd, F: Form>(s: S, w: Packed, tiles: Range<usize>, a: &Quantised, o
     let mut tile = tiles.start;
     while tile < tiles.end {
         // A few tokens wait for memory, which several streams at once slow down.
-        if S::TILES == 3 && a.m() > OCTET && tile + 3 <= tiles.end {
+        if S::TILES == 3 && out.activations() > OCTET && tile + 3 <= tiles.end {
             tokens::<S, F, 3>(s, w, tile, tiles.end, a, out);
             tile += 3;
         } else {
@@ -158,7 +179,7 @@ fn tokens<S: Simd, F: Form, const R: usize>(
     out: &Output,
 ) {
     let next = w.tiles(tile + R..end.min(tile + 2 * R));
-    let octets = a.m().div_ceil(OCTET);
+    let octets = out.activations().div_ceil(OCTET);
     let mut weights: [&[u8]; R] = [&[]; R];
     for index in 0..R {
         weights[index] = w.tile(tile + index);
@@ -167,7 +188,7 @@ fn tokens<S: Simd, F: Form, const R: usize>(
         // The first octet would otherwise wait for all of it.
         s.prefetch(&next[Pool::split(next.len(), octet, octets)]);
         let (view, base) = (a.octet(octet), octet * OCTET);
-        let tokens = OCTET.min(a.m() - base);
+        let tokens = OCTET.min(out.activations() - base);
         let mut first = 0;
         while first < tokens {
             let at = Place { tile, base, first };

@@ -13,7 +13,7 @@ pub(crate) struct Ops {
     pub(crate) layout: Layout,
     pub(crate) needs: &'static str,
     pub(crate) detect: fn() -> bool,
-    pub(crate) quantise: unsafe fn(Row, usize, &mut Slot),
+    pub(crate) quantise: unsafe fn(Row, usize, &mut Slot, Option<&mut Slot>),
     pub(crate) evaluate: unsafe fn(Row, &mut [f32]),
     pub(crate) tiles: unsafe fn(Packed, Range<usize>, &Quantised, &Output),
     pub(crate) silu_mul: unsafe fn(&mut [f32], &[f32]),
@@ -30,8 +30,8 @@ macro_rules! kernel {
             use super::*;
 
             $(#[target_feature(enable = $feature)])*
-            unsafe fn quantise(row: Row, width: usize, slot: &mut Slot) {
-                generic::quantise($simd, row, width / 32, slot);
+            unsafe fn quantise(row: Row, width: usize, slot: &mut Slot, rest: Option<&mut Slot>) {
+                generic::quantise($simd, row, width / 32, slot, rest);
             }
 
             $(#[target_feature(enable = $feature)])*

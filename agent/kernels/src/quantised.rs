@@ -1,15 +1,17 @@
 //! A buffer of quantised activations, reused from step to step.
 //! Octets of tokens lie together, `[octet][block][token: 8]`, so that a register tile of tokens reads one stream.
 
-use crate::packed::{BLOCK, Kind};
+use crate::matmul::Job;
+use crate::packed::BLOCK;
 use crate::pool::Shareable;
 use std::marker::PhantomData;
 
 /// Tokens that lie together.
 pub(crate) const OCTET: usize = 8;
 
-/// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and sums. Also plain f32,
-/// which is what the `reference` kernel keeps instead.
+/// Quantised activations `[m, k]`: bytes, and per token and block of 32 a scale and sums; behind all tokens perhaps
+/// their remainders, which are what rounding took from each, quantised in their turn. Also plain f32, which is what the
+/// `reference` kernel keeps instead.
 pub struct Quantised {
     m: usize,
     k: usize,
@@ -18,12 +20,26 @@ pub struct Quantised {
     /// −128 times the sum of the block: what symmetric 8-bit weights need, and apart since they are the usual ones.
     offset: Vec<[i32; OCTET]>,
     sums: Vec<Sums>,
-    /// Whether they are to be written, from the next `resize` on, and whether they are.
-    keeps_sums: bool,
-    has_sums: bool,
+    /// What is to be kept from the next `resize` on, and what is.
+    wanted: Beside,
+    held: Beside,
     pub(crate) plain: Vec<f32>,
     /// Which of the two was written last.
     pub(crate) is_plain: bool,
+}
+
+/// What is kept beside bytes and scales.
+#[derive(Copy, Clone)]
+struct Beside {
+    sums: bool,
+    remainders: bool,
+}
+
+impl Beside {
+    const SUMS: Self = Self {
+        sums: true,
+        remainders: false,
+    };
 }
 
 /// What affine weights and groups of 16 ([`Kind::needs_sums`](crate::packed::Kind::needs_sums)) need to know of a block.
@@ -61,8 +77,8 @@ impl Quantised {
             scale: Vec::new(),
             offset: Vec::new(),
             sums: Vec::new(),
-            keeps_sums: true,
-            has_sums: true,
+            wanted: Beside::SUMS,
+            held: Beside::SUMS,
             plain: Vec::new(),
             is_plain: false,
         }
@@ -71,12 +87,17 @@ impl Quantised {
     /// Whether what is quantised after the next [`resize`](Self::resize) is for weights that
     /// [need sums](crate::packed::Kind::needs_sums). To keep them takes time.
     pub fn keep_sums(&mut self, keep: bool) {
-        self.keeps_sums = keep;
+        self.wanted.sums = keep;
     }
 
-    /// Whether weights of this kind can be multiplied with it.
-    pub(crate) fn suits(&self, kind: Kind) -> bool {
-        self.has_sums || !kind.needs_sums()
+    /// Whether what is quantised after the next [`resize`](Self::resize) is for a [`Job`](crate::Job) that is `fine`.
+    pub fn keep_remainders(&mut self, keep: bool) {
+        self.wanted.remainders = keep;
+    }
+
+    /// Whether it holds all that the job needs.
+    pub(crate) fn suits(&self, job: &Job) -> bool {
+        (self.held.sums || !job.weight.kind().needs_sums()) && (self.held.remainders || !job.fine)
     }
 
     /// Makes it `[m, k]`. Allocates only to become larger than it ever was; what it holds afterwards is unspecified.
@@ -91,8 +112,8 @@ impl Quantised {
         // Nothing holds if what follows panics.
         (self.m, self.k) = (0, 0);
         let blocks = m
-            .div_ceil(OCTET)
-            .checked_mul(k / BLOCK)
+            .checked_mul(1 + usize::from(self.wanted.remainders))
+            .and_then(|rows| rows.div_ceil(OCTET).checked_mul(k / BLOCK))
             .expect("activations fit the memory");
         if blocks > self.q.len() {
             self.q.resize(blocks, [[0; BLOCK]; OCTET]);
@@ -100,7 +121,7 @@ impl Quantised {
             self.offset.resize(blocks, [0; OCTET]);
             self.sums.resize(blocks, Sums::default());
         }
-        (self.m, self.k, self.has_sums) = (m, k, self.keeps_sums);
+        (self.m, self.k, self.held) = (m, k, self.wanted);
     }
 
     /// Tokens.
@@ -113,10 +134,15 @@ impl Quantised {
         self.k
     }
 
-    /// One token's block: its 32 bytes, its scale, the sum of the bytes.
+    /// Tokens, and remainders.
+    fn rows(&self) -> usize {
+        self.m * (1 + usize::from(self.held.remainders))
+    }
+
+    /// One token's block: its 32 bytes, its scale, the sum of the bytes. Token t's remainder is token m + t.
     pub fn block(&self, token: usize, block: usize) -> (&[i8; BLOCK], f32, i32) {
         assert!(
-            token < self.m && block < self.k / BLOCK,
+            token < self.rows() && block < self.k / BLOCK,
             "no block {block} of token {token}"
         );
         let (at, lane) = (token / OCTET * (self.k / BLOCK) + block, token % OCTET);
@@ -149,11 +175,12 @@ impl Quantised {
     pub(crate) fn slots(&mut self) -> Slots {
         Slots {
             m: self.m,
+            has_remainders: self.held.remainders,
             blocks: self.k / BLOCK,
             q: Shareable(self.q.as_mut_ptr()),
             scale: Shareable(self.scale.as_mut_ptr()),
             offset: Shareable(self.offset.as_mut_ptr()),
-            sums: self.has_sums.then_some(Shareable(self.sums.as_mut_ptr())),
+            sums: self.held.sums.then_some(Shareable(self.sums.as_mut_ptr())),
         }
     }
 }
@@ -161,6 +188,7 @@ impl Quantised {
 /// Write access to all tokens of a [`Quantised`] for several threads, as long as it stays borrowed.
 pub(crate) struct Slots {
     m: usize,
+    has_remainders: bool,
     blocks: usize,
     q: Shareable<[[i8; BLOCK]; OCTET]>,
     scale: Shareable<[f32; OCTET]>,
@@ -168,7 +196,7 @@ pub(crate) struct Slots {
     sums: Option<Shareable<Sums>>,
 }
 
-/// Write access to one token.
+/// Write access to one token, or to its remainder.
 pub(crate) struct Slot<'a> {
     /// Of the token's octet, at its first block.
     q: *mut [[i8; BLOCK]; OCTET],
@@ -182,13 +210,25 @@ pub(crate) struct Slot<'a> {
 }
 
 impl Slots {
+    /// A token, and its remainder where these are kept.
+    ///
     /// # Safety
     /// The buffer that this came from is still mutably borrowed and not resized, and no other slot of the same
     /// token exists.
-    pub(crate) unsafe fn token(&self, token: usize) -> Slot<'_> {
+    pub(crate) unsafe fn token(&self, token: usize) -> (Slot<'_>, Option<Slot<'_>>) {
         assert!(token < self.m, "token {token} of {}", self.m);
-        let first = token / OCTET * self.blocks;
-        // SAFETY: the octet of a token that exists has its first block in each array.
+        // SAFETY: the caller's promise; as many rows as there are tokens lie behind them, where these are kept.
+        unsafe {
+            let remainder = self.has_remainders.then(|| self.row(self.m + token));
+            (self.row(token), remainder)
+        }
+    }
+
+    /// # Safety
+    /// As of [`token`](Self::token), and there is such a row.
+    unsafe fn row(&self, row: usize) -> Slot<'_> {
+        let first = row / OCTET * self.blocks;
+        // SAFETY: the octet of a row that exists has its first block in each array.
         unsafe {
             Slot {
                 q: self.q.at(first),
@@ -196,7 +236,7 @@ impl Slots {
                 offset: self.offset.at(first),
                 sums: self.sums.as_ref().map(|sums| sums.at(first)),
                 blocks: self.blocks,
-                lane: token % OCTET,
+                lane: row % OCTET,
                 slots: PhantomData,
             }
         }

@@ -178,6 +178,7 @@ fn several_linears_in_one_dispatch() {
                     y,
                     bias: (shape.rows() != 7).then(|| &bias[..shape.rows()]),
                     residual: None,
+                    fine: false,
                 });
             }
             jobs[0].residual = Some(&residual);
@@ -201,6 +202,52 @@ fn several_linears_in_one_dispatch() {
 }
 
 #[test]
+fn a_fine_linear_adds_what_rounding_took() {
+    let mut random = Random(8);
+    let (shape, pool) = (Shape::new(40, 96).unwrap(), Pool::new(3));
+    for kind in Kind::all() {
+        let signed = weight(&mut random, kind, shape, false);
+        for m in [1, 2, 3, 4, 9, 20] {
+            let x = random.floats(m * 96, m == 9);
+            let bias = random.floats(40, false);
+            let residual = random.floats(m * 40, false);
+            for kernel in exact() {
+                let mut bytes = signed.clone();
+                repack(kind, &mut bytes, Layout::Signed, kernel.layout());
+                let mut a = Quantised::new();
+                a.keep_remainders(true);
+                kernel.quantise_rows(Rows::Plain(&x), 96, &mut a, &pool);
+                let mut y = vec![f32::NAN; m * 40];
+                let mut job = [Job {
+                    weight: Packed::new(kind, shape, kernel.layout(), &bytes).unwrap(),
+                    y: &mut y,
+                    bias: Some(&bias),
+                    residual: Some(&residual),
+                    fine: true,
+                }];
+                kernel.matmuls(&mut job, &a, &pool);
+                let mut left = Vec::new();
+                for (at, x) in x.chunks(32).enumerate() {
+                    let (q, scale, _) = a.block(at / 3, at % 3);
+                    let left_of = |(x, q): (&f32, &i8)| f32::from(*q).mul_add(-scale, *x);
+                    let is_zero = scale == 0.0;
+                    left.extend(
+                        x.iter()
+                            .zip(q)
+                            .map(|pair| if is_zero { 0.0 } else { left_of(pair) }),
+                    );
+                }
+                let first = matmul(scalar(), kind, shape, &signed, &x, &pool);
+                let second = matmul(scalar(), kind, shape, &signed, &left, &pool);
+                let of_both = |i: usize| first[i] + bias[i % 40] + residual[i] + second[i];
+                let want: Vec<f32> = (0..m * 40).map(of_both).collect();
+                assert_same(&y, &want, &format!("{} {kind:?} [{m}, 96]", kernel.name()));
+            }
+        }
+    }
+}
+
+#[test]
 fn quantised_blocks_are_the_scalar_ones() {
     let mut random = Random(5);
     for m in [1, 2, 9, 20] {
@@ -217,10 +264,12 @@ fn quantised_blocks_are_the_scalar_ones() {
         ];
         for rows in rows {
             let (mut want, mut got) = (Quantised::new(), Quantised::new());
+            want.keep_remainders(true);
+            got.keep_remainders(true);
             scalar().quantise_rows(rows, 96, &mut want, &Pool::new(1));
             for kernel in exact() {
                 kernel.quantise_rows(rows, 96, &mut got, &Pool::new(3));
-                for token in 0..m {
+                for token in 0..2 * m {
                     for block in 0..3 {
                         let (got, want) = (got.block(token, block), want.block(token, block));
                         assert_eq!(
@@ -243,8 +292,7 @@ fn quantisation_follows_its_definition() {
     x[64] = f32::INFINITY;
     for kernel in exact() {
         let mut a = Quantised::new();
-        a.resize(1, 96);
-        kernel.quantise(&x, &mut a, 0);
+        kernel.quantise_rows(Rows::Plain(&x), 96, &mut a, &Pool::new(1));
         let (q, scale, sum) = a.block(0, 0);
         assert_eq!(
             (&q[..4], scale, sum),
@@ -379,7 +427,7 @@ fn the_expected_kernels_are_there() {
 }
 
 #[test]
-#[should_panic(expected = "lack the sums")]
+#[should_panic(expected = "lack sums")]
 fn activations_without_sums_are_not_for_affine_weights() {
     let shape = Shape::new(16, 32).unwrap();
     let bytes = weight(&mut Random(1), Kind::Q4, shape, false);

@@ -1,7 +1,7 @@
 //! Joins our operators with their neighbours: a norm or SwiGLU in front, the residual behind.
 //! Changes how many operators there are, never what they compute.
 
-use super::LINEAR;
+use super::{ATTEND, LINEAR};
 use crate::onnx::{Graph, float, int, ints, new_node, with_float, with_ints};
 use crate::recipe::Recipe;
 use std::collections::HashSet;
@@ -94,6 +94,9 @@ pub(super) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
 struct Project<'a> {
     input: Input<'a>,
     linears: Vec<&'a NodeProto>,
+    /// Those whose own error weighs most for what it would cost to halve it: the head, which sampled tokens alone
+    /// go through, and values, which are few and go straight into the sum of a layer.
+    fine: Vec<bool>,
     residual: Option<String>,
     outputs: Vec<String>,
 }
@@ -127,6 +130,10 @@ impl<'a> Project<'a> {
                 .or_else(|| gated(graph, x))
                 .unwrap_or(Input::Plain(x)),
             outputs: linears.iter().map(|node| node.output[0].clone()).collect(),
+            fine: linears
+                .iter()
+                .map(|linear| is_fine(graph, &linear.output[0]))
+                .collect(),
             linears,
             residual: None,
         };
@@ -179,6 +186,8 @@ impl<'a> Project<'a> {
         };
         let biases: Vec<usize> = self.linears.iter().map(bias).collect();
         node = with_ints(node, "biases", &biases);
+        let fine: Vec<usize> = self.fine.iter().map(|&fine| usize::from(fine)).collect();
+        node = with_ints(node, "fine", &fine);
         node = with_ints(node, "gated", &[usize::from(gated)]);
         node = with_ints(node, "head", &[usize::from(outputs == ["logits"])]);
         if let Some((gain, epsilon)) = norm {
@@ -186,6 +195,12 @@ impl<'a> Project<'a> {
         }
         node
     }
+}
+
+/// Whether a linear's output is logits or an attention's values.
+fn is_fine(graph: &Graph, output: &str) -> bool {
+    let are_values = |node: &NodeProto| node.op_type == ATTEND && node.input[2] == output;
+    output == "logits" || graph.consumers(output).any(are_values)
 }
 
 /// `RMSNormalization(x, gain)` over the last axis.

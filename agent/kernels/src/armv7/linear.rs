@@ -71,9 +71,9 @@ linears! {
 pub(crate) unsafe fn tiles(w: Packed, tiles: Range<usize>, a: &Quantised, out: &Output) {
     let steps = linear(w.kind());
     for tile in tiles {
-        for octet in 0..a.m().div_ceil(OCTET) {
+        for octet in 0..out.activations().div_ceil(OCTET) {
             let (view, base) = (a.octet(octet), octet * OCTET);
-            let tokens = OCTET.min(a.m() - base);
+            let tokens = OCTET.min(out.activations() - base);
             for first in (0..tokens).step_by(2) {
                 let count = (tokens - first).min(2);
                 let mut sums = [[0.0; TILE_ROWS]; 2];
