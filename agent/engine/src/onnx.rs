@@ -5,8 +5,8 @@ mod skeleton;
 mod tensors;
 
 pub(crate) use node::{
-    float, float_tensor, input, int, int_attribute, int_vector, ints, is_or_absent, new_node,
-    output, with_float, with_ints,
+    axis, float, float_tensor, graphs, input, int, int_attribute, int_vector, ints, is_or_absent,
+    new_node, output, with_float, with_ints,
 };
 pub(crate) use tensors::{Numbers, dims, elements};
 
@@ -284,12 +284,17 @@ impl Graph {
         Some((0..count).map(|i| numbers.at(i)).collect())
     }
 
-    /// All numbers of a tensor that may be a branch's, if its shape is what its bytes hold.
-    pub(crate) fn checked_numbers(&self, tensor: &TensorProto) -> Option<Vec<f64>> {
+    /// All numbers of a tensor of whole ones or truths that may be a branch's, if its shape is what its bytes hold.
+    pub(crate) fn whole_numbers(&self, tensor: &TensorProto) -> Option<Vec<i64>> {
         self.files.check(tensor).ok()?;
-        let numbers = Numbers::new(self.files.bytes(tensor).ok()?, tensor.data_type());
-        let count = elements(tensor)?;
-        Some((0..count).map(|i| f64::from(numbers.at(i))).collect())
+        tensors::whole(&self.files.bytes(tensor).ok()?, tensor.data_type())
+    }
+
+    /// The version of ONNX's operators that tract takes it to be written in.
+    pub(crate) fn opset(&self) -> i64 {
+        let sets = self.model.opset_import.iter();
+        let mut of = sets.filter(|set| set.domain.is_empty() || set.domain == "ai.onnx");
+        of.next().map_or(0, |set| set.version)
     }
 
     /// Bytes of the files that hold the graph and its weights.
@@ -449,20 +454,12 @@ fn wrong(node: &NodeProto, what: &str) -> GraphError {
 
 /// Whether a node, or one inside it, claims to be ours.
 fn is_reserved(node: &NodeProto) -> bool {
-    let graphs = node
-        .attribute
-        .iter()
-        .flat_map(|a| a.g.iter().chain(&a.graphs));
-    node.op_type.starts_with("Millwright") || graphs.flat_map(|g| &g.node).any(is_reserved)
+    node.op_type.starts_with("Millwright") || graphs(node).flat_map(|g| &g.node).any(is_reserved)
 }
 
 /// All values that a node reads: its inputs, and what its branches or bodies take from around them.
 pub(crate) fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
-    let graphs = node
-        .attribute
-        .iter()
-        .flat_map(|a| a.g.iter().chain(&a.graphs));
-    let inner = graphs.flat_map(|g| {
+    let inner = graphs(node).flat_map(|g| {
         let made: HashSet<&str> = g
             .node
             .iter()

@@ -248,6 +248,102 @@ fn a_tensor_of_computed_sizes_is_not_made() {
     }
 }
 
+/// Nodes and stored numbers, a line each: `name = Op(a, b) attribute:1 attribute:[1,2]`, or `name = [1,2]`.
+fn add(model: &mut ModelProto, lines: &str) {
+    let numbers = |text: &str| -> Vec<i64> {
+        let all = text.trim_matches(['[', ']']).split(',');
+        all.filter(|n| !n.is_empty())
+            .map(|n| n.parse().unwrap())
+            .collect()
+    };
+    for line in lines.split(';') {
+        let (name, made) = line.trim().split_once(" = ").unwrap();
+        let Some((op, rest)) = made.split_once('(') else {
+            let values = numbers(made);
+            let dims = if made.starts_with('[') {
+                vec![values.len() as i64]
+            } else {
+                vec![]
+            };
+            tensors(model).push(whole(name, &dims, &values));
+            continue;
+        };
+        let (inputs, attributes) = rest.split_once(')').unwrap();
+        let inputs: Vec<&str> = inputs.split(", ").collect();
+        let mut node = operator(op, &inputs, "");
+        node.output = name.split(", ").map(str::to_owned).collect();
+        for attribute in attributes.split_whitespace() {
+            let (name, value) = attribute.split_once(':').unwrap();
+            let is_list = value.starts_with('[');
+            node.attribute.push(AttributeProto {
+                name: name.into(),
+                i: if is_list { 0 } else { value.parse().unwrap() },
+                ints: if is_list { numbers(value) } else { vec![] },
+                ..AttributeProto::default()
+            });
+        }
+        nodes(model).push(node);
+    }
+}
+
+#[test]
+fn what_could_pass_for_small_is_refused() {
+    let export = Export::new("f32");
+    let cases = [
+        // Broadcast by what is not the first input.
+        "v = Clip(one, row)",
+        "column = Reshape(row, standing); v = LayerNormalization(row, column)",
+        "column = Reshape(row, standing); v = DequantizeLinear(row, column)",
+        "column = Reshape(row, standing); v = Gemm(square, square, column)",
+        // Sizes that are none.
+        "huge = -2147483648; v = OneHot(ones, huge, ones)",
+        "all = [-1,-1]; v = Expand(one, all)",
+        "v = ConstantOfShape(below)",
+        "n = ReduceMax(input_ids); v = Range(zero, n, one)",
+        "many = ReduceSum(place); n = Cast(many) to:1; v = Range(zero, n, one)",
+        "n = Mod(below, two); v = ConstantOfShape(n)",
+        "n = Div(below, two); v = ConstantOfShape(n)",
+        "n = Cast(place) to:3; v = ConstantOfShape(n)",
+        "n = CastLike(place, place); v = ConstantOfShape(n)",
+        // Numbers that a float does not hold.
+        "a = [16777217]; b = [16777216]; c = Sub(a, b); n = Mul(c, place); v = ConstantOfShape(n)",
+        // Sizes of values whose sizes nobody knows.
+        "a = NonZero(input_ids); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Slice(input_ids, zeros, token); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Slice(input_ids, zeros, place); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Squeeze(input_ids); n = Shape(a); v = ConstantOfShape(n)",
+        "a, k = TopK(ones, token); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Compress(ones, ones); n = Shape(a); v = ConstantOfShape(n)",
+        // Sizes that are larger than they seem.
+        "a = ArgMax(square) axis:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
+        "a = ReduceSum(row, none) noop_with_empty_axes:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
+        "a = ReduceSum(row) axes:[0] keepdims:0; n = Size(a); v = ConstantOfShape(n)",
+        "v = Tile(square, ten)",
+        // All of it together, and again where a size is stored alone.
+        "a = Concat(row, row) axis:0; n = Shape(a); b = ConstantOfShape(n); c = Expand(b, square); v = Expand(c, square)",
+        "a = Shape(square); n = Mul(a, a); v = ConstantOfShape(n)",
+        // Ranks and lists.
+        "v = Unsqueeze(one, many)",
+        "v = Unsqueeze(ones, twice)",
+        "v = Reshape(one, many)",
+        "v = Nonsense(one)",
+    ];
+    for case in cases {
+        println!("{case}");
+        let given = "one = 1; zero = 0; two = 2; ones = [1,1]; zeros = [0]; ten = [10]; none = [];
+            below = [-7,3]; twice = [0,0]; place = [1073741824]; thousands = [4096,1]; sides = [2048,2048];
+            standing = [1,4096]; many = [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16];
+            token = ReduceMax(input_ids); square = ConstantOfShape(sides); row = ConstantOfShape(thousands)";
+        export.refused(
+            |model| {
+                add(model, given);
+                add(model, case);
+            },
+            "the graph has a node",
+        );
+    }
+}
+
 #[test]
 fn doubling_ends_in_time() {
     let export = Export::new("f32");
