@@ -15,7 +15,7 @@ mod value;
 
 use super::types;
 use crate::onnx::{Graph, GraphError, elements, graphs, input, input_dims, input_type, int};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
 use value::{COMPUTED_MAX, Extent};
@@ -35,15 +35,20 @@ const RANK_MAX: usize = 16;
 const ENDS_MAX: usize = 256;
 
 /// How many tokens there are, and how many before them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Lengths {
     pub(super) tokens: usize,
     pub(super) past: usize,
 }
 
-/// What is tried: a chunk of a prompt, and a few tokens behind many. No size is one by chance, and none is beyond the
-/// tables of a small context.
-const LENGTHS: [Lengths; 2] = [
+/// What a run makes of so few tokens holds, among little else, all that planning makes: what hangs on no tokens is
+/// always as large.
+const FEW: Lengths = Lengths { tokens: 2, past: 3 };
+
+/// What is tried: besides, a chunk of a prompt, and a few tokens behind many. No size is one by chance, and none is
+/// beyond the tables of a small context.
+const LENGTHS: [Lengths; 3] = [
+    FEW,
     Lengths {
         tokens: 61,
         past: 67,
@@ -54,16 +59,11 @@ const LENGTHS: [Lengths; 2] = [
     },
 ];
 
-/// What a run makes of so few tokens holds, among little else, all that planning makes: what hangs on no tokens is
-/// always as large.
-const FEW: Lengths = Lengths { tokens: 2, past: 3 };
-
 /// Refuses graphs that make tensors out of proportion to their files.
 pub(super) fn bounded(graph: &Graph) -> Result<(), GraphError> {
     let proto = graph.proto();
-    let runs = LENGTHS.map(|lengths| (lengths, effort_most(graph)));
-    for (lengths, effort_most) in [(FEW, most(graph))].into_iter().chain(runs) {
-        let mut extents = Extents::new(graph, effort_most);
+    for lengths in LENGTHS {
+        let mut extents = Extents::new(graph, effort_most(graph));
         let followed = proto.input.iter().try_for_each(|input| {
             let of = input_type(input);
             extents.feed(&input.name, &input_dims(input), of, lengths)
@@ -71,6 +71,10 @@ pub(super) fn bounded(graph: &Graph) -> Result<(), GraphError> {
         followed
             .and_then(|()| extents.follow(&proto.node, &proto.initializer))
             .map_err(|what| GraphError::Shape(format!("has {what}")))?;
+        if lengths == FEW && extents.made > extents.most {
+            let what = too_many("has values of", extents.made);
+            return Err(GraphError::Shape(what));
+        }
     }
     Ok(())
 }
@@ -92,6 +96,8 @@ pub(super) struct Extents<'a> {
     graph: &'a Graph,
     known: HashMap<String, Extent>,
     most: u64,
+    /// Numbers that were made.
+    made: u64,
     /// Numbers that were made, each sum counted by what is added.
     effort: u64,
     effort_most: u64,
@@ -105,6 +111,7 @@ impl<'a> Extents<'a> {
             graph,
             known: HashMap::new(),
             most: most(graph),
+            made: 0,
             effort: 0,
             effort_most,
             computed: 0,
@@ -180,10 +187,14 @@ impl<'a> Extents<'a> {
         if let Some(large) = made.iter().find(|made| made.count > self.most) {
             return Err(too_many("that makes", large.count));
         }
-        let effort = self.work(node, &made);
+        let count = made
+            .iter()
+            .fold(0, |all: u64, made| all.saturating_add(made.count));
+        let effort = count.saturating_mul(self.summed(node, &made));
+        self.made = self.made.saturating_add(count);
         self.effort = self.effort.saturating_add(effort);
         if self.effort > self.effort_most {
-            return Err(too_many("up to which all values hold", self.effort));
+            return Err(too_many("up to which are made or added up", self.effort));
         }
         for ((name, mut extent), of) in node.output.iter().zip(made).zip(types) {
             extent.of = extent.of.or(of);
@@ -235,25 +246,21 @@ impl<'a> Extents<'a> {
         (0..node.input.len()).map(|i| self.input(node, i)).collect()
     }
 
-    /// What making these takes: numbers that are made, or added up where a number is a sum.
-    fn work(&self, node: &NodeProto, made: &[Extent]) -> u64 {
-        let all = made.iter().map(|made| made.count);
-        let all = all.fold(0, u64::saturating_add);
+    /// Numbers that are added up for each one made.
+    fn summed(&self, node: &NodeProto, made: &[Extent]) -> u64 {
         let summed = match node.op_type.as_str() {
             "Gemm" | "MatMul" | "MatMulInteger" | "MatMulNBits" => {
                 let is_flipped = int(node, "transA").unwrap_or(0) != 0;
                 let x = self.input(node, 0);
-                x.map_or(1, |x| {
-                    x.size(if is_flipped { 0 } else { -1 }).unwrap_or(x.count)
-                })
+                x.map(|x| x.size(if is_flipped { 0 } else { -1 }).unwrap_or(x.count))
             }
             // For each number of the result, all keys.
             "Attention" | "GroupQueryAttention" | "MultiHeadAttention" => {
-                made.get(1).and_then(|keys| keys.size(-2)).unwrap_or(1)
+                made.get(1).and_then(|keys| keys.size(-2))
             }
-            _ => 1,
+            _ => None,
         };
-        all.saturating_mul(summed.max(1))
+        summed.unwrap_or(1).max(1)
     }
 
     /// What a node makes, output by output.
@@ -298,9 +305,11 @@ impl<'a> Extents<'a> {
     fn branch(&mut self, graph: &GraphProto) -> Result<Vec<Extent>, String> {
         let stored = graph.initializer.iter().map(|tensor| &tensor.name);
         let made = graph.node.iter().flat_map(|node| &node.output);
-        let own: Vec<&String> = stored.chain(made).filter(|name| !name.is_empty()).collect();
-        if let Some(name) = own.iter().find(|name| self.known.contains_key(**name)) {
-            return Err(format!("that makes {name}, which there is, once more"));
+        let mut own = HashSet::new();
+        for name in stored.chain(made).filter(|name| !name.is_empty()) {
+            if self.known.contains_key(name) || !own.insert(name) {
+                return Err(format!("that makes {name} a second time"));
+            }
         }
         self.follow(&graph.node, &graph.initializer)?;
         let output = |name: &String| self.known.get(name).cloned();
@@ -314,4 +323,13 @@ impl<'a> Extents<'a> {
 
 fn too_many(what: &str, count: u64) -> String {
     format!("{what} {count} numbers: too many for the model's files")
+}
+
+/// An attribute that says yes or no; `None` where it is neither, for tract and ONNX may differ.
+fn flag(node: &NodeProto, name: &str, usual: bool) -> Option<bool> {
+    match int(node, name) {
+        None => Some(usual),
+        Some(stated @ (0 | 1)) => Some(stated == 1),
+        Some(_) => None,
+    }
 }

@@ -263,10 +263,10 @@ impl<'a> Probe<'a> {
 
     /// Whether the block's result is plain attention's.
     fn agrees(&self, found: &Rotation, case: &Case) -> TractResult<bool> {
-        Ok(close(
-            &self.whole.run(case)?,
-            &found.attend(self.sizes(), case),
-        ))
+        let of = self.sizes();
+        let pairs = case.tokens.saturating_mul(case.past + case.tokens);
+        self.whole.charge([pairs, of.heads, 2 * of.head_dim])?;
+        Ok(close(&self.whole.run(case)?, &found.attend(of, case)))
     }
 
     /// Up to how many tokens it agrees: all that can be tried, or as many as a sliding window shows.
@@ -415,11 +415,10 @@ impl Machine<'_> {
     /// Refuses runs that take or make too much, before there is anything to run on.
     fn spend(&self, case: Sizes, lengths: Lengths) -> TractResult<()> {
         let Lengths { tokens, past } = lengths;
-        let left = self.effort.get();
-        let mut extents = Extents::new(self.graph, left);
+        let mut extents = Extents::new(self.graph, self.effort.get());
         let of = self.region.sizes;
         let wrong = |what: String| format_err!("it has {what}");
-        // Of those that it does not read, the case has numbers all the same.
+        // The case has numbers for what this machine doesn't read, too.
         let rows = [
             (case.heads, tokens),
             (case.kv_heads, tokens),
@@ -429,6 +428,7 @@ impl Machine<'_> {
             extents
                 .put("", &[heads, rows, case.head_dim])
                 .map_err(wrong)?;
+            self.charge([heads, rows, case.head_dim])?;
         }
         for name in self.names() {
             let mut linears = self.region.linears.iter();
@@ -443,7 +443,18 @@ impl Machine<'_> {
         let stored = self.region.stored.iter();
         let stored = stored.filter_map(|name| self.graph.initializer(name));
         extents.follow(self.nodes(), stored).map_err(wrong)?;
-        self.effort.set(left - extents.effort());
+        self.take(extents.effort())
+    }
+
+    /// Takes what is computed beside tract from the effort that is left: the product of these.
+    fn charge(&self, sizes: [usize; 3]) -> TractResult<()> {
+        let sizes = sizes.iter().map(|&n| n as u64);
+        self.take(sizes.fold(1, u64::saturating_mul))
+    }
+
+    fn take(&self, effort: u64) -> TractResult<()> {
+        let left = self.effort.get().checked_sub(effort);
+        self.effort.set(left.context("that takes too long")?);
         Ok(())
     }
 

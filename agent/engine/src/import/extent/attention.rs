@@ -1,7 +1,7 @@
 //! Attention that is one operator, and rotation: the sizes of heads, tokens and the cache.
 
 use super::Extents;
-use super::value::{Extent, broadcast};
+use super::value::Extent;
 use crate::onnx::int;
 use tract_onnx::pb::NodeProto;
 
@@ -71,16 +71,23 @@ impl Extents<'_> {
             _ => return None,
         };
         let cached = |new: &Parted, past: usize| {
+            let rows = |tokens| Extent::of(vec![new.batch, new.heads, tokens, new.width]);
             let before = match x(past) {
                 None => 0,
-                Some(past) => past.size(-2)?,
+                Some(past) => {
+                    let before = past.size(-2)?;
+                    (past.dims == rows(before).dims).then_some(before)?
+                }
             };
-            let all = before.saturating_add(new.tokens);
-            Some(Extent::of(vec![new.batch, new.heads, all, new.width]))
+            Some(rows(before.saturating_add(new.tokens)))
         };
+        ([key.batch, value.batch] == [query.batch; 2]).then_some(())?;
         let (keys, values) = (cached(&key, past[0])?, cached(&value, past[1])?);
         let all = keys.size(-2)?;
         let products = Extent::of(vec![query.batch, query.heads, query.tokens, all]);
+        // Keys and values may be repeated for all heads that share them.
+        let width = key.width.max(value.width);
+        let repeated = Extent::of(vec![query.batch, query.heads, all, width]);
         let mask = x(3).filter(|_| op == "Attention");
         mask.is_none_or(|mask| products.takes(mask)).then_some(())?;
         let result = Extent::of(if x(0)?.dims()?.len() == 4 {
@@ -89,7 +96,7 @@ impl Extents<'_> {
             let width = query.heads.saturating_mul(value.width);
             vec![query.batch, query.tokens, width]
         });
-        Some(vec![result, keys, values, products])
+        Some(vec![result, keys, values, products, repeated])
     }
 
     /// Rotated in place: one row of angles a token, no wider than half a head.
@@ -105,10 +112,13 @@ impl Extents<'_> {
         };
         for table in [cos, sin] {
             let (width, rows) = table.dims()?.split_last()?;
-            let rows = at.map_or_else(|| Extent::of(rows.to_vec()), Extent::alike);
+            let rows = match at {
+                Some(at) => (rows.len() == 1).then(|| at.alike())?,
+                None => Extent::of(rows.to_vec()),
+            };
             let fits = places.takes(&rows) && width.saturating_mul(2) <= of.width;
             fits.then_some(())?;
         }
-        Some(broadcast(&[x(0)?]))
+        Some(x(0)?.alike())
     }
 }

@@ -1,7 +1,7 @@
 //! Operators that give the same numbers another shape, or take some of them.
 
 use super::value::{COMPUTED_MAX, Extent};
-use super::{Extents, RANK_MAX};
+use super::{Extents, RANK_MAX, flag};
 use crate::onnx::{self, input, int, ints};
 use tract_onnx::pb::NodeProto;
 
@@ -38,7 +38,7 @@ impl Extents<'_> {
         }
         let dims = match node.op_type.as_str() {
             "Reshape" => {
-                let is_literal = int(node, "allowzero").unwrap_or(0) != 0;
+                let is_literal = flag(node, "allowzero", false)?;
                 filled(data, self.input(node, 1)?.numbers.as_ref()?, is_literal)
             }
             "Flatten" => flattened(data, int(node, "axis").unwrap_or(1)),
@@ -139,7 +139,7 @@ impl Extents<'_> {
             .listed(node, 1, "axes", since)
             .ok()?
             .unwrap_or_default();
-        if axes.is_empty() && int(node, "noop_with_empty_axes").unwrap_or(0) != 0 {
+        if axes.is_empty() && flag(node, "noop_with_empty_axes", false)? {
             return Some(data.alike());
         }
         let all = || (0..data.dims().map_or(0, <[u64]>::len) as i64).collect();
@@ -163,7 +163,7 @@ impl Extents<'_> {
     /// The first input's sizes with these axes reduced to one number, or to none.
     pub(super) fn without(&self, node: &NodeProto, axes: &[i64]) -> Option<Extent> {
         let data = self.input(node, 0)?;
-        let keeps = int(node, "keepdims").unwrap_or(1) != 0;
+        let keeps = flag(node, "keepdims", true)?;
         let dims = data.dims()?;
         let is_gone = marked(axes, dims.len())?;
         let kept = dims

@@ -1,7 +1,7 @@
 //! What operators make, by the sizes of what they read. One that isn't here is refused.
 
-use super::Extents;
 use super::value::{Extent, matmul};
+use super::{Extents, flag};
 use crate::onnx::{int, ints};
 use tract_onnx::pb::NodeProto;
 use tract_onnx::pb::tensor_proto::DataType;
@@ -88,11 +88,11 @@ impl Extents<'_> {
                 one(x(0)?.resized(-1, stated.min(x(1)?.count))?)
             }
             "Gemm" => {
-                let side = |i: usize, flag: &str| {
+                let side = |i: usize, name: &str| {
                     let &[rows, columns] = x(i)?.dims()? else {
                         return None;
                     };
-                    let is_flipped = int(node, flag).unwrap_or(0) != 0;
+                    let is_flipped = flag(node, name, false)?;
                     Some(if (i == 1) == is_flipped {
                         rows
                     } else {
