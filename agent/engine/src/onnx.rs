@@ -86,7 +86,7 @@ impl Graph {
         self.index();
         let graph = self.model.graph.as_ref().expect("checked in open");
         let mut bytes = 0;
-        for tensor in &graph.initializer {
+        for tensor in initializers(graph) {
             self.files.open(tensor)?;
             bytes += self.files.check(tensor)? as u64;
         }
@@ -165,7 +165,7 @@ impl Graph {
             ir_version: self.model.ir_version,
             opset_import: self.model.opset_import.clone(),
             graph: Some(GraphProto {
-                node: proto.node.clone(),
+                node: self.settled(&proto.node)?,
                 input: proto.input.clone(),
                 output: proto.output.clone(),
                 initializer: read.map(|t| self.resident(t)).collect::<Result<_, _>>()?,
@@ -175,14 +175,31 @@ impl Graph {
         })
     }
 
+    /// Nodes with what their branches store inside.
+    pub(crate) fn settled<'a>(
+        &self,
+        nodes: impl IntoIterator<Item = &'a NodeProto>,
+    ) -> Result<Vec<NodeProto>, GraphError> {
+        let mut nodes: Vec<NodeProto> = nodes.into_iter().cloned().collect();
+        let attributes = nodes.iter_mut().flat_map(|node| &mut node.attribute);
+        for graph in attributes.flat_map(|a| a.g.iter_mut().chain(&mut a.graphs)) {
+            graph.node = self.settled(&graph.node)?;
+            for tensor in &mut graph.initializer {
+                *tensor = self.resident(tensor)?;
+            }
+        }
+        Ok(nodes)
+    }
+
     /// A stored tensor with its numbers inside, floats as f32.
     pub(crate) fn resident(&self, tensor: &TensorProto) -> Result<TensorProto, GraphError> {
         let narrow = [DataType::Float16, DataType::Bfloat16, DataType::Double];
         let (data_type, raw_data) = if narrow.contains(&tensor.data_type()) {
-            let values = self.values(&tensor.name).unwrap_or_default();
+            let numbers = Numbers::new(self.bytes(tensor)?, tensor.data_type());
+            let values = (0..elements(tensor).unwrap_or(0)).map(|i| numbers.at(i));
             (
                 DataType::Float as i32,
-                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                values.flat_map(f32::to_le_bytes).collect(),
             )
         } else {
             let mut bytes = self.bytes(tensor)?.into_owned();
@@ -450,6 +467,12 @@ fn wrong(node: &NodeProto, what: &str) -> GraphError {
         "has a node {} ({}) {what}",
         node.name, node.op_type
     ))
+}
+
+/// The stored tensors of a graph and of those inside its nodes.
+fn initializers(graph: &GraphProto) -> Box<dyn Iterator<Item = &TensorProto> + '_> {
+    let inner = graph.node.iter().flat_map(graphs).flat_map(initializers);
+    Box::new(graph.initializer.iter().chain(inner))
 }
 
 /// Whether a node, or one inside it, claims to be ours.

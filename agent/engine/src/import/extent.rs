@@ -126,7 +126,12 @@ impl<'a> Extents<'a> {
     /// States the sizes of a value of floats.
     pub(super) fn put(&mut self, name: &str, dims: &[usize]) -> Result<(), String> {
         let dims = dims.iter().map(|&n| n as u64).collect();
-        self.know(name, Extent::of(dims))
+        self.state(name, Extent::of(dims))
+    }
+
+    fn state(&mut self, name: &str, extent: Extent) -> Result<(), String> {
+        let known = self.know(name, extent);
+        known.map_err(|what| format!("a value {name} {what}"))
     }
 
     /// States what an input of the graph is; of a cache what was stated of it.
@@ -153,7 +158,7 @@ impl<'a> Extents<'a> {
                 return self.put(name, &dims);
             }
         };
-        self.know(name, input)
+        self.state(name, input)
     }
 
     /// Follows nodes, which stand in an order in which each finds what it reads. `Err` names one that is too large.
@@ -164,7 +169,7 @@ impl<'a> Extents<'a> {
     ) -> Result<(), String> {
         for tensor in stored {
             let stored = self.stored(tensor);
-            self.know(&tensor.name, stored)?;
+            self.state(&tensor.name, stored)?;
         }
         for node in nodes {
             self.step(node)
@@ -208,10 +213,10 @@ impl<'a> Extents<'a> {
     /// Takes a value down, with its numbers if those are of a type that sizes have.
     fn know(&mut self, name: &str, mut extent: Extent) -> Result<(), String> {
         if extent.count > self.most {
-            return Err(too_many("that makes", extent.count));
+            return Err(too_many("that holds", extent.count));
         }
         if extent.dims().is_some_and(|dims| dims.len() > RANK_MAX) {
-            return Err(format!("that makes a tensor of more than {RANK_MAX} axes"));
+            return Err(format!("of more than {RANK_MAX} axes"));
         }
         let of = extent.of.and_then(|of| DataType::try_from(of).ok());
         let is_size = |numbers: &Vec<i64>| match of {

@@ -529,7 +529,7 @@ impl Machine<'_> {
             Ok(self.graph.resident(tensor)?)
         });
         Ok(GraphProto {
-            node: self.nodes().cloned().collect(),
+            node: self.graph.settled(self.nodes())?,
             initializer: stored.collect::<TractResult<_>>()?,
             input: self
                 .names()

@@ -16,11 +16,7 @@ impl Extents<'_> {
             op if KEPT.contains(&op) => self.kept(node),
             "Identity" => one(x(0)?.clone()),
             "Shape" => one(shape(node, x(0)?)),
-            "Size" => {
-                let sizes = x(0)?.dims().map(|_| x(0).map(|x| x.count));
-                let count = sizes.flatten().and_then(|n| i64::try_from(n).ok());
-                one(Extent::of(vec![]).with(count.map(|n| vec![n])))
-            }
+            "Size" => one(size(x(0)?)),
             "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => one(self.reshaped(node)?),
             "Transpose" => one(transposed(node, x(0)?)?),
             "Concat" => one(self.concat(node)?),
@@ -47,40 +43,20 @@ impl Extents<'_> {
                 one(self.reduced(node)?)
             }
             "Gather" => one(self.gather(node)?),
-            "GatherBlockQuantized" => {
-                let (data, ids) = (x(0)?, x(1)?);
-                let &[_, width] = data.dims()? else {
-                    return None;
-                };
-                // Two of four bits share a byte where the type doesn't say that there are half as many.
-                let is_packed = data.of == Some(DataType::Uint8 as i32)
-                    && int(node, "bits").is_none_or(|bits| bits == 4);
-                int(node, "gather_axis")
-                    .is_none_or(|axis| axis == 0)
-                    .then_some(())?;
-                let width = width.saturating_mul(if is_packed { 2 } else { 1 });
-                one(Extent::of([ids.dims()?, &[width]].concat()))
-            }
+            "GatherBlockQuantized" => one(gather_packed(node, x(0)?, x(1)?)?),
+            "GatherND" => one(gather_nd(node, x(0)?, x(1)?)?),
             "ScatterElements" | "ScatterND" => one(x(0)?.alike()),
             "GatherElements" => one(x(1)?.alike()),
-            "GatherND" => {
-                let (data, ids) = (x(0)?.dims()?, x(1)?.dims()?);
-                let (&depth, shared) = ids.split_last()?;
-                let batch = u64::try_from(int(node, "batch_dims").unwrap_or(0)).ok()?;
-                let from = usize::try_from(depth.checked_add(batch)?).ok()?;
-                one(Extent::of([shared, data.get(from..)?].concat()))
-            }
             "NonZero" => {
                 let rank = x(0)?.dims()?.len().max(1) as u64;
                 one(Extent::flat(rank.saturating_mul(x(0)?.count)))
             }
             "MatMul" => one(matmul(x(0)?, x(1)?)),
             "MatMulInteger" => {
-                let is_plain = |i: usize, zero: usize| {
-                    Some(x(zero).is_none_or(|zero| x(i).is_some_and(|x| x.takes(zero))))
-                };
-                (is_plain(0, 2)? && is_plain(1, 3)?).then_some(())?;
-                one(matmul(x(0)?, x(1)?))
+                let (a, b) = (x(0)?, x(1)?);
+                x(2).is_none_or(|zero| a.takes(zero)).then_some(())?;
+                x(3).is_none_or(|zero| b.takes(zero)).then_some(())?;
+                one(matmul(a, b))
             }
             "MatMulNBits" => {
                 // Each output has some weights; what is stated beyond them is refused where they are read.
@@ -88,18 +64,7 @@ impl Extents<'_> {
                 one(x(0)?.resized(-1, stated.min(x(1)?.count))?)
             }
             "Gemm" => {
-                let side = |i: usize, name: &str| {
-                    let &[rows, columns] = x(i)?.dims()? else {
-                        return None;
-                    };
-                    let is_flipped = flag(node, name, false)?;
-                    Some(if (i == 1) == is_flipped {
-                        rows
-                    } else {
-                        columns
-                    })
-                };
-                let made = Extent::of(vec![side(0, "transA")?, side(1, "transB")?]);
+                let made = gemm(node, x(0)?, x(1)?)?;
                 x(2).is_none_or(|added| made.takes(added)).then_some(())?;
                 one(made)
             }
@@ -118,18 +83,8 @@ impl Extents<'_> {
     /// be larger.
     fn kept(&self, node: &NodeProto) -> Option<Vec<Extent>> {
         let x = self.input(node, 0)?;
-        let others = (1..node.input.len()).filter_map(|i| self.input(node, i));
-        if x.dims.is_some() {
-            others
-                .into_iter()
-                .all(|other| x.takes(other))
-                .then_some(())?;
-        } else {
-            others
-                .into_iter()
-                .all(|other| other.count <= 1)
-                .then_some(())?;
-        }
+        let mut others = (1..node.input.len()).filter_map(|i| self.input(node, i));
+        others.all(|other| x.takes(other)).then_some(())?;
         // A norm's fourth is the sum that it normalises; its second and third are smaller.
         let further = Extent::flat(x.count);
         let sizes = |i: usize| {
@@ -175,6 +130,49 @@ impl Extents<'_> {
             .try_for_each(fits)?;
         Some(x.alike())
     }
+}
+
+/// Rows of four bits: two share a byte where the type doesn't say that there are half as many.
+fn gather_packed(node: &NodeProto, data: &Extent, ids: &Extent) -> Option<Extent> {
+    let &[_, width] = data.dims()? else {
+        return None;
+    };
+    let is_four = int(node, "bits").is_none_or(|bits| bits == 4);
+    let is_packed = is_four && data.of == Some(DataType::Uint8 as i32);
+    let is_by_row = int(node, "gather_axis").is_none_or(|axis| axis == 0);
+    let width = width.saturating_mul(if is_packed { 2 } else { 1 });
+    let dims = [ids.dims()?, &[width]].concat();
+    is_by_row.then(|| Extent::of(dims))
+}
+
+fn gather_nd(node: &NodeProto, data: &Extent, ids: &Extent) -> Option<Extent> {
+    let (&depth, shared) = ids.dims()?.split_last()?;
+    let batch = u64::try_from(int(node, "batch_dims").unwrap_or(0)).ok()?;
+    let from = usize::try_from(depth.checked_add(batch)?).ok()?;
+    let rest = data.dims()?.get(from..)?;
+    Some(Extent::of([shared, rest].concat()))
+}
+
+fn gemm(node: &NodeProto, a: &Extent, b: &Extent) -> Option<Extent> {
+    let (&[rows, columns], &[b_rows, b_columns]) = (a.dims()?, b.dims()?) else {
+        return None;
+    };
+    let row = if flag(node, "transA", false)? {
+        columns
+    } else {
+        rows
+    };
+    let column = if flag(node, "transB", false)? {
+        b_rows
+    } else {
+        b_columns
+    };
+    Some(Extent::of(vec![row, column]))
+}
+
+fn size(x: &Extent) -> Extent {
+    let count = x.dims().and_then(|_| i64::try_from(x.count).ok());
+    Extent::of(vec![]).with(count.map(|n| vec![n]))
 }
 
 fn shape(node: &NodeProto, x: &Extent) -> Extent {

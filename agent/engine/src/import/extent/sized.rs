@@ -11,9 +11,10 @@ impl Extents<'_> {
         let made = Extent::of(self.input(node, 0)?.sizes()?);
         let value = node.attribute.iter().find(|a| a.name == "value");
         let value = value.and_then(|a| self.graph.whole_numbers(a.t.as_ref()?));
-        let number = value.and_then(|value| value.first().copied());
-        let few = number.filter(|_| made.count <= COMPUTED_MAX);
-        let numbers = few.map(|n| vec![n; made.count as usize]);
+        let numbers = match value.as_deref() {
+            Some([one]) if made.count <= COMPUTED_MAX => Some(vec![*one; made.count as usize]),
+            _ => None,
+        };
         Some(made.with(numbers))
     }
 

@@ -75,7 +75,10 @@ impl Extent {
 
     /// Whether these can be added to it, number by number, without making it larger.
     pub(super) fn takes(&self, other: &Self) -> bool {
-        self.dims.is_some() && broadcast(&[self, other]).dims == self.dims
+        match &self.dims {
+            None => other.count <= 1,
+            dims => broadcast(&[self, other]).dims == *dims,
+        }
     }
 }
 
