@@ -17,13 +17,14 @@ mod norm;
 mod probe;
 mod shapes;
 mod tidy;
+mod types;
 mod weight;
 
 pub(crate) use fuse::PROJECT;
 pub(crate) use keep::kept_matrix;
 
 use crate::folder::Heads;
-use crate::onnx::{Graph, GraphError, ints};
+use crate::onnx::{Graph, GraphError, graphs, ints};
 use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
@@ -128,8 +129,7 @@ pub(crate) fn import(path: &Path, heads: Heads, target: &Target) -> Result<Impor
 
 /// Operators of a graph and of those inside its nodes.
 fn operators(graph: &GraphProto) -> usize {
-    let attributes = graph.node.iter().flat_map(|node| &node.attribute);
-    let inner = attributes.flat_map(|a| a.g.iter().chain(&a.graphs));
+    let inner = graph.node.iter().flat_map(graphs);
     graph.node.len() + inner.map(operators).sum::<usize>()
 }
 

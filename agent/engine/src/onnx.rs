@@ -5,8 +5,8 @@ mod skeleton;
 mod tensors;
 
 pub(crate) use node::{
-    float, float_tensor, input, int, int_attribute, int_vector, ints, is_or_absent, new_node,
-    output, with_float, with_ints,
+    axis, float, float_tensor, graphs, input, int, int_attribute, int_vector, ints, is_or_absent,
+    new_node, output, with_float, with_ints,
 };
 pub(crate) use tensors::{Numbers, dims, elements};
 
@@ -86,7 +86,7 @@ impl Graph {
         self.index();
         let graph = self.model.graph.as_ref().expect("checked in open");
         let mut bytes = 0;
-        for tensor in &graph.initializer {
+        for tensor in initializers(graph) {
             self.files.open(tensor)?;
             bytes += self.files.check(tensor)? as u64;
         }
@@ -165,7 +165,7 @@ impl Graph {
             ir_version: self.model.ir_version,
             opset_import: self.model.opset_import.clone(),
             graph: Some(GraphProto {
-                node: proto.node.clone(),
+                node: self.settled(&proto.node)?,
                 input: proto.input.clone(),
                 output: proto.output.clone(),
                 initializer: read.map(|t| self.resident(t)).collect::<Result<_, _>>()?,
@@ -175,14 +175,31 @@ impl Graph {
         })
     }
 
+    /// Nodes with what their branches store inside.
+    pub(crate) fn settled<'a>(
+        &self,
+        nodes: impl IntoIterator<Item = &'a NodeProto>,
+    ) -> Result<Vec<NodeProto>, GraphError> {
+        let mut nodes: Vec<NodeProto> = nodes.into_iter().cloned().collect();
+        let attributes = nodes.iter_mut().flat_map(|node| &mut node.attribute);
+        for graph in attributes.flat_map(|a| a.g.iter_mut().chain(&mut a.graphs)) {
+            graph.node = self.settled(&graph.node)?;
+            for tensor in &mut graph.initializer {
+                *tensor = self.resident(tensor)?;
+            }
+        }
+        Ok(nodes)
+    }
+
     /// A stored tensor with its numbers inside, floats as f32.
     pub(crate) fn resident(&self, tensor: &TensorProto) -> Result<TensorProto, GraphError> {
         let narrow = [DataType::Float16, DataType::Bfloat16, DataType::Double];
         let (data_type, raw_data) = if narrow.contains(&tensor.data_type()) {
-            let values = self.values(&tensor.name).unwrap_or_default();
+            let numbers = Numbers::new(self.bytes(tensor)?, tensor.data_type());
+            let values = (0..elements(tensor).unwrap_or(0)).map(|i| numbers.at(i));
             (
                 DataType::Float as i32,
-                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                values.flat_map(f32::to_le_bytes).collect(),
             )
         } else {
             let mut bytes = self.bytes(tensor)?.into_owned();
@@ -284,12 +301,17 @@ impl Graph {
         Some((0..count).map(|i| numbers.at(i)).collect())
     }
 
-    /// All numbers of a tensor that may be a branch's, if its shape is what its bytes hold.
-    pub(crate) fn checked_numbers(&self, tensor: &TensorProto) -> Option<Vec<f64>> {
+    /// All numbers of a tensor of whole ones or truths that may be a branch's, if its shape is what its bytes hold.
+    pub(crate) fn whole_numbers(&self, tensor: &TensorProto) -> Option<Vec<i64>> {
         self.files.check(tensor).ok()?;
-        let numbers = Numbers::new(self.files.bytes(tensor).ok()?, tensor.data_type());
-        let count = elements(tensor)?;
-        Some((0..count).map(|i| f64::from(numbers.at(i))).collect())
+        tensors::whole(&self.files.bytes(tensor).ok()?, tensor.data_type())
+    }
+
+    /// The version of ONNX's operators that tract takes it to be written in.
+    pub(crate) fn opset(&self) -> i64 {
+        let sets = self.model.opset_import.iter();
+        let mut of = sets.filter(|set| set.domain.is_empty() || set.domain == "ai.onnx");
+        of.next().map_or(0, |set| set.version)
     }
 
     /// Bytes of the files that hold the graph and its weights.
@@ -447,22 +469,20 @@ fn wrong(node: &NodeProto, what: &str) -> GraphError {
     ))
 }
 
+/// The stored tensors of a graph and of those inside its nodes.
+fn initializers(graph: &GraphProto) -> Box<dyn Iterator<Item = &TensorProto> + '_> {
+    let inner = graph.node.iter().flat_map(graphs).flat_map(initializers);
+    Box::new(graph.initializer.iter().chain(inner))
+}
+
 /// Whether a node, or one inside it, claims to be ours.
 fn is_reserved(node: &NodeProto) -> bool {
-    let graphs = node
-        .attribute
-        .iter()
-        .flat_map(|a| a.g.iter().chain(&a.graphs));
-    node.op_type.starts_with("Millwright") || graphs.flat_map(|g| &g.node).any(is_reserved)
+    node.op_type.starts_with("Millwright") || graphs(node).flat_map(|g| &g.node).any(is_reserved)
 }
 
 /// All values that a node reads: its inputs, and what its branches or bodies take from around them.
 pub(crate) fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
-    let graphs = node
-        .attribute
-        .iter()
-        .flat_map(|a| a.g.iter().chain(&a.graphs));
-    let inner = graphs.flat_map(|g| {
+    let inner = graphs(node).flat_map(|g| {
         let made: HashSet<&str> = g
             .node
             .iter()

@@ -31,8 +31,9 @@ fn agree(product: &EinSum, inputs: &[&TypedFact]) -> TractResult<()> {
     for axis in summed.filter(|axis| axis.outputs.iter().all(TVec::is_empty)) {
         let places = axis.inputs.iter().zip(inputs);
         let mut sizes = places.flat_map(|(places, fact)| places.iter().map(|&at| &fact.shape[at]));
+        let is_same = |a: &TDim, b: &TDim| a == b || (a.clone() - b).simplify().as_i64() == Some(0);
         if let Some(first) = sizes.next()
-            && let Some(other) = sizes.find(|size| *size != first)
+            && let Some(other) = sizes.find(|size| !is_same(first, size))
         {
             bail!("a product of {first} and {other} numbers that may differ");
         }

@@ -10,7 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use tempfile::TempDir;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::{AttributeProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto};
+use tract_onnx::pb::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto,
+    ValueInfoProto, attribute_proto::AttributeType,
+};
 
 /// The tiny model in some form, and its graph as it was written.
 struct Export {
@@ -245,6 +248,187 @@ fn a_tensor_of_computed_sizes_is_not_made() {
             },
             op,
         );
+    }
+}
+
+/// Nodes and stored numbers, a line each: `name = Op(a, b) attribute:1 attribute:[1,2]`, or `name = [1,2]`.
+fn add(model: &mut ModelProto, lines: &str) {
+    let numbers = |text: &str| -> Vec<i64> {
+        let all = text.trim_matches(['[', ']']).split(',');
+        all.filter(|n| !n.is_empty())
+            .map(|n| n.parse().unwrap())
+            .collect()
+    };
+    for line in lines.split(';') {
+        let (name, made) = line.trim().split_once(" = ").unwrap();
+        let Some((op, rest)) = made.split_once('(') else {
+            let values = numbers(made);
+            let dims = if made.starts_with('[') {
+                vec![values.len() as i64]
+            } else {
+                vec![]
+            };
+            tensors(model).push(whole(name, &dims, &values));
+            continue;
+        };
+        let (inputs, attributes) = rest.split_once(')').unwrap();
+        let inputs: Vec<&str> = inputs.split(", ").collect();
+        let mut node = operator(op, &inputs, "");
+        node.output = name.split(", ").map(str::to_owned).collect();
+        for attribute in attributes.split_whitespace() {
+            let (name, value) = attribute.split_once(':').unwrap();
+            let is_list = value.starts_with('[');
+            node.attribute.push(AttributeProto {
+                name: name.into(),
+                i: if is_list { 0 } else { value.parse().unwrap() },
+                ints: if is_list { numbers(value) } else { vec![] },
+                ..AttributeProto::default()
+            });
+        }
+        nodes(model).push(node);
+    }
+}
+
+#[test]
+fn what_could_pass_for_small_is_refused() {
+    let export = Export::new("f32");
+    let cases = [
+        // Broadcast by what is not the first input.
+        "v = Clip(one, row)",
+        "column = Reshape(row, standing); v = LayerNormalization(row, column)",
+        "column = Reshape(row, standing); v = DequantizeLinear(row, column)",
+        "column = Reshape(row, standing); v = Gemm(square, square, column)",
+        // Sizes that are none.
+        "huge = -2147483648; v = OneHot(ones, huge, ones)",
+        "all = [-1,-1]; v = Expand(one, all)",
+        "v = ConstantOfShape(below)",
+        "n = ReduceMax(input_ids); v = Range(zero, n, one)",
+        "many = ReduceSum(place); n = Cast(many) to:1; v = Range(zero, n, one)",
+        "n = Mod(below, two); v = ConstantOfShape(n)",
+        "n = Div(below, two); v = ConstantOfShape(n)",
+        "n = Cast(place) to:3; v = ConstantOfShape(n)",
+        "n = CastLike(place, place); v = ConstantOfShape(n)",
+        // Numbers that a float does not hold.
+        "a = [16777217]; b = [16777216]; c = Sub(a, b); n = Mul(c, place); v = ConstantOfShape(n)",
+        // Sizes of values whose sizes nobody knows.
+        "a = NonZero(input_ids); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Slice(input_ids, zeros, token); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Slice(input_ids, zeros, place); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Squeeze(input_ids); n = Shape(a); v = ConstantOfShape(n)",
+        "a, k = TopK(ones, token); n = Shape(a); v = ConstantOfShape(n)",
+        "a = Compress(ones, ones); n = Shape(a); v = ConstantOfShape(n)",
+        // Sizes that are larger than they seem.
+        "a = ArgMax(square) axis:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
+        "a = ReduceSum(row, none) noop_with_empty_axes:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
+        "a = ReduceSum(row) axes:[0] keepdims:0; n = Size(a); v = ConstantOfShape(n)",
+        "v = Tile(square, ten)",
+        // All of it together, and again where a size is stored alone.
+        "n = Shape(square); a = ConstantOfShape(n); b = Neg(a); c = Neg(b); d = Neg(c); e = Neg(d); v = Neg(e)",
+        "a = Shape(square); n = Mul(a, a); v = ConstantOfShape(n)",
+        // Ranks and lists.
+        "v = Unsqueeze(one, many)",
+        "v = Unsqueeze(ones, twice)",
+        "v = Reshape(one, many)",
+        "v = Nonsense(one)",
+        // What tract may read in another way.
+        "a = ReduceSum(row) keepdims:2; v = Identity(a)",
+        "v = Squeeze(ones) axes:[0]",
+    ];
+    for case in cases {
+        println!("{case}");
+        let given = "one = 1; zero = 0; two = 2; ones = [1,1]; zeros = [0]; ten = [10]; none = [];
+            below = [-7,3]; twice = [0,0]; place = [1073741824]; thousands = [4096,1]; sides = [2048,2048];
+            standing = [1,4096]; many = [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16];
+            token = ReduceMax(input_ids); square = ConstantOfShape(sides); row = ConstantOfShape(thousands)";
+        export.refused(
+            |model| {
+                add(model, given);
+                add(model, case);
+            },
+            "the graph has ",
+        );
+    }
+}
+
+#[test]
+fn branches_make_what_either_may() {
+    let export = Export::new("f32");
+    let cases = [
+        // Of unlike sizes: which it is, nobody knows.
+        (
+            "one",
+            "zeros",
+            "n = Shape(a); v = ConstantOfShape(n)",
+            "(ConstantOfShape)",
+        ),
+        (
+            "one",
+            "large",
+            "b = Expand(a, sizes); v = Expand(a, sizes)",
+            "too many",
+        ),
+        // One that passes for a value around it.
+        ("one", "one", "v = Identity(a)", "logits a second time"),
+    ];
+    for (first, second, rest, expected) in cases {
+        export.refused(
+            |model| {
+                add(
+                    model,
+                    "one = [1]; zeros = [0,0]; sizes = [4096,4096]; large = [1,2,3]",
+                );
+                let branch = |name: &str, value: &str| {
+                    let made = if expected.starts_with("logits") {
+                        "logits"
+                    } else {
+                        name
+                    };
+                    AttributeProto {
+                        name: name.into(),
+                        r#type: AttributeType::Graph as i32,
+                        g: Some(GraphProto {
+                            node: vec![operator("Identity", &[value], made)],
+                            output: vec![ValueInfoProto {
+                                name: made.into(),
+                                ..ValueInfoProto::default()
+                            }],
+                            ..GraphProto::default()
+                        }),
+                        ..AttributeProto::default()
+                    }
+                };
+                let mut choice = operator("If", &["one"], "a");
+                choice.attribute =
+                    vec![branch("then_branch", first), branch("else_branch", second)];
+                nodes(model).push(choice);
+                add(model, rest);
+            },
+            expected,
+        );
+    }
+}
+
+#[test]
+fn sizes_that_exports_compute_are_followed() {
+    let export = Export::new("f32");
+    let cases = [
+        "s = Shape(input_ids) start:1; n = Squeeze(s); v = Range(zero, n, one)",
+        "s = Shape(input_ids); n = Cast(s) to:6; v = ConstantOfShape(n)",
+        "s = Shape(input_ids); n = Slice(s, zeros, ends); v = ConstantOfShape(n)",
+        "m = ReduceMax(attention_mask) keepdims:0; n = Unsqueeze(m, zeros); v = ConstantOfShape(n)",
+        "a = Expand(ones, sides); v = Unsqueeze(a, zeros)",
+        "v = OneHot(ones, two, ones) axis:0",
+    ];
+    for case in cases {
+        let graph = export.edited(|model| {
+            add(
+                model,
+                "one = 1; zero = 0; two = 2; zeros = [0]; ends = [-1]; ones = [1,1]; sides = [3,2]",
+            );
+            add(model, case);
+        });
+        let opened = export.open(&graph).map(drop);
+        assert!(opened.is_ok(), "{case}: {opened:?}");
     }
 }
 

@@ -381,7 +381,7 @@ fn a_form_that_is_not_read_is_refused_in_a_sentence() {
         ),
         (
             |g| set(node(g, &format!("{LINEAR}.out")), "N", -1),
-            "whose N is -1",
+            "whose size this version can't tell",
         ),
         (
             |g| {

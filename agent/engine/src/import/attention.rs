@@ -2,12 +2,12 @@
 //! there behaves like attention. How it is written does not matter: `probe` runs it.
 
 use super::probe::{Probe, Rotation, Sizes};
-use super::tidy::types;
 use super::{ATTEND, EMBED, LINEAR, extent};
 use crate::onnx::{
     Graph, dims, elements, input, input_dims, ints, new_node, reads, with_float, with_ints,
 };
 use crate::recipe::{Geometry, Recipe};
+use prost::Message;
 use sha2::{Digest, Sha256};
 use std::cell::Cell;
 use std::collections::hash_map::Entry;
@@ -20,12 +20,16 @@ const HEAD_MAX: usize = 256;
 const WINDOW_MIN: usize = 1024;
 /// Fewer positions hold no answer, and nothing to be tried.
 const POSITIONS_MIN: usize = 16;
+/// Known models have a hundred at most.
+const LAYERS_MAX: usize = 256;
 /// Nodes of one attention block at most, its mask and angles included.
 const NODES_MAX: usize = 1024;
+/// What these take in the file at most; they are copied for each layer.
+const NODES_BYTES_MAX: usize = 256 << 10;
 /// Blocks that are written in different ways, at most: each is tried by itself.
 const WAYS_MAX: usize = 8;
-/// Numbers stored for one attention block at most: tables of cosines and sines.
-const STORED_MAX: usize = 64 << 20;
+/// Numbers stored for one attention block at most: tables of cosines and sines, and a mask of 8192 by 8192.
+const STORED_MAX: usize = 80 << 20;
 
 /// What lies between a layer's linears and the cache.
 pub(super) struct Region {
@@ -54,8 +58,8 @@ pub(super) fn attention(
     recipe: &mut Recipe,
     longest: usize,
 ) -> Result<(), String> {
-    let types = types(graph);
     let effort = Cell::new(extent::effort_most(graph));
+    let mut contents = HashMap::new();
     let mut known: HashMap<[u8; 32], Rotation> = HashMap::new();
     let mut blocks = Vec::new();
     let mut wanted = longest;
@@ -64,19 +68,23 @@ pub(super) fn attention(
         if !graph.is_input(&name) {
             break;
         }
+        if layer == LAYERS_MAX {
+            return Err(format!("it has more than {LAYERS_MAX} layers"));
+        }
         let failed = |why: String| format!("the attention of layer {layer} {why}");
         let mut region = Region::find(graph, layer).map_err(failed)?;
-        let signature = region.signature(graph);
+        let signature = region.signature(graph, &mut contents);
+        let ways = known.len();
         if let Entry::Vacant(entry) = known.entry(signature) {
+            if ways == WAYS_MAX {
+                return Err(format!("its layers attend in more than {WAYS_MAX} ways"));
+            }
             wanted = wanted.min(region.looked_up(graph));
             if wanted < POSITIONS_MIN {
                 return Err(failed(format!("has tables of {wanted} positions")));
             }
-            let found = Probe::new(graph, &region, &types, &effort).recognise(wanted);
+            let found = Probe::new(graph, &region, &effort).recognise(wanted);
             entry.insert(found.map_err(failed)?);
-        }
-        if known.len() > WAYS_MAX {
-            return Err(format!("its layers attend in more than {WAYS_MAX} ways"));
         }
         // They may share many nodes.
         (region.nodes, region.stored) = (Vec::new(), Vec::new());
@@ -301,8 +309,9 @@ impl Region {
             .unwrap_or(usize::MAX)
     }
 
-    /// A digest of all that decides how the block behaves, the same for layers that are written alike.
-    fn signature(&self, graph: &Graph) -> [u8; 32] {
+    /// A digest of all that decides how the block behaves, the same for layers that are written alike. `contents` are
+    /// digests of stored tensors that layers may share.
+    fn signature(&self, graph: &Graph, contents: &mut HashMap<String, String>) -> [u8; 32] {
         let mut hash = Sha256::new();
         let mut names: HashMap<&str, String> = HashMap::new();
         for (index, (linear, width)) in self.linears.iter().enumerate() {
@@ -315,9 +324,10 @@ impl Region {
             let Some(tensor) = graph.initializer(name) else {
                 continue;
             };
-            let mut content = Sha256::new();
-            content.update(graph.bytes(tensor).unwrap_or_default());
-            let content = crate::bundle::hex(&content.finalize());
+            let content = contents.entry(name.clone()).or_insert_with(|| {
+                let content = Sha256::digest(graph.bytes(tensor).unwrap_or_default());
+                crate::bundle::hex(&content)
+            });
             names.insert(
                 name,
                 format!("{} {:?} {content}", tensor.data_type, dims(tensor)),
@@ -429,7 +439,7 @@ struct Closure {
 impl Closure {
     fn of(graph: &Graph, ends: &[&String]) -> Result<Self, String> {
         let mut all = Self::default();
-        let mut stored = 0;
+        let (mut stored, mut bytes) = (0, 0);
         let mut seen: HashSet<&str> = HashSet::new();
         let mut queue: Vec<&str> = ends.iter().map(|end| end.as_str()).collect();
         while let Some(value) = queue.pop() {
@@ -443,16 +453,18 @@ impl Closure {
                     EMBED => return Err("reads embeddings".into()),
                     _ => {
                         all.nodes.insert(index);
+                        bytes += node.encoded_len();
                         queue.extend(reads(node));
                     }
                 }
             } else if let Some(tensor) = graph.initializer(value) {
-                stored += elements(tensor).unwrap_or(usize::MAX).min(STORED_MAX);
+                stored += elements(tensor).unwrap_or(usize::MAX).min(STORED_MAX + 1);
                 all.stored.push(value.to_owned());
             } else {
                 all.inputs.push(value.to_owned());
             }
-            if all.nodes.len() > NODES_MAX || stored >= STORED_MAX {
+            let is_large = bytes > NODES_BYTES_MAX || stored > STORED_MAX;
+            if all.nodes.len() > NODES_MAX || is_large {
                 return Err("hangs on too much of the graph".into());
             }
         }

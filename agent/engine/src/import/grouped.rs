@@ -2,7 +2,7 @@
 //!
 //! The operators: <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>
 
-use super::tidy::types;
+use super::types::types;
 use crate::onnx::{
     Graph, float, input, int, int_attribute, int_vector, is_or_absent, new_node, output,
     value_info, with_float,

@@ -5,10 +5,13 @@ use super::weight::{self, bias};
 use super::{EMBED, LINEAR, nbits};
 use crate::onnx::{Graph, GraphError, input, new_node, output, with_ints};
 use crate::recipe::{Order, Recipe, Scaling, Scope, WeightSource};
+use prost::Message;
 use tract_onnx::pb::NodeProto;
 
 /// Operators that a linear was recognised in, where they are kept: a product, a dequantisation, transpositions.
 const ORIGIN_MAX: usize = 8;
+/// What these take in the file at most; they are kept for each linear that reads them.
+const ORIGIN_BYTES_MAX: usize = 4096;
 
 /// A linear that was recognised, and where its result goes.
 struct Linear {
@@ -79,16 +82,17 @@ fn matmul(graph: &Graph, node: &NodeProto) -> Option<Linear> {
 
 /// The product itself, and what makes its second operand: a few operators.
 fn origin(graph: &Graph, product: &NodeProto) -> Option<Vec<NodeProto>> {
-    let mut nodes = vec![product.clone()];
+    let mut nodes = vec![product];
     let mut queue = vec![&product.input[1]];
     while let Some(node) = queue.pop().and_then(|name| graph.producer(name)) {
-        nodes.push(node.clone());
+        nodes.push(node);
         if nodes.len() > ORIGIN_MAX {
             return None;
         }
         queue.extend(node.input.iter().filter(|name| !graph.is_initializer(name)));
     }
-    Some(nodes)
+    let bytes: usize = nodes.iter().map(|node| node.encoded_len()).sum();
+    (bytes <= ORIGIN_BYTES_MAX).then(|| nodes.into_iter().cloned().collect())
 }
 
 fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
@@ -111,10 +115,12 @@ fn n_bits(graph: &Graph, node: &NodeProto) -> Result<Linear, GraphError> {
     let mut linear = linear(node, source, bias).ok_or_else(|| {
         GraphError::Shape(format!("has a node {} without input or output", node.name))
     })?;
-    let mut product = node.clone();
-    // Up to the zero points: the bias is ours.
-    product.input.truncate(4);
-    linear.origin = Some(vec![product]);
+    linear.origin = (node.encoded_len() <= ORIGIN_BYTES_MAX).then(|| {
+        let mut product = node.clone();
+        // Up to the zero points: the bias is ours.
+        product.input.truncate(4);
+        vec![product]
+    });
     Ok(linear)
 }
 

@@ -8,7 +8,7 @@ use super::extent::{Extents, Lengths};
 use crate::onnx::Graph;
 use crate::plan;
 use std::cell::{Cell, OnceCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
 #[allow(clippy::wildcard_imports)] // tract's macros expect all of it
@@ -72,7 +72,7 @@ struct Case {
 
 impl Case {
     /// Zeros.
-    fn new(of: Sizes, tokens: usize, past: usize) -> Self {
+    fn zeros(of: Sizes, tokens: usize, past: usize) -> Self {
         let kv = of.kv_heads * of.head_dim;
         Self {
             tokens,
@@ -83,17 +83,6 @@ impl Case {
             past_key: vec![0.0; past * kv],
             past_value: vec![0.0; past * kv],
         }
-    }
-
-    /// Numbers up to one in size.
-    fn random(of: Sizes, tokens: usize, past: usize, random: &mut Random) -> Self {
-        let mut case = Self::new(of, tokens, past);
-        for values in case.parts() {
-            for value in values {
-                *value = 2.0 * random.unit() - 1.0;
-            }
-        }
-        case
     }
 
     fn parts(&mut self) -> [&mut Vec<f32>; 5] {
@@ -118,17 +107,11 @@ impl Case {
 }
 
 impl<'a> Probe<'a> {
-    /// `types` are those of the graph's values; `effort` is what may be spent on trying.
-    pub(super) fn new(
-        graph: &'a Graph,
-        region: &'a Region,
-        types: &'a HashMap<String, i32>,
-        effort: &'a Cell<u64>,
-    ) -> Self {
+    /// `effort` is what may be spent on trying.
+    pub(super) fn new(graph: &'a Graph, region: &'a Region, effort: &'a Cell<u64>) -> Self {
         let machine = |output: &'a str| Machine {
             graph,
             region,
-            types,
             effort,
             output,
             needed: region.behind(output),
@@ -155,7 +138,10 @@ impl<'a> Probe<'a> {
             found.ok_or("rotates keys in a way that is not rotary embedding by halves")?;
         found.scale = self.scale(&found, random).map_err(failed)?;
         for (tokens, past, size) in CASES {
-            let mut case = Case::random(self.sizes(), tokens, past, random);
+            let mut case = self
+                .whole
+                .random(self.sizes(), tokens, past, random)
+                .map_err(failed)?;
             for value in &mut case.q {
                 *value *= size;
             }
@@ -186,7 +172,7 @@ impl<'a> Probe<'a> {
 
     fn passes_values(&self, random: &mut Random) -> TractResult<bool> {
         let of = self.sizes();
-        let case = Case::random(of, 5, 3, random).louder();
+        let case = self.values.random(of, 5, 3, random)?.louder();
         let present = self.values.run(&case)?;
         Ok(close(
             &present,
@@ -199,7 +185,9 @@ impl<'a> Probe<'a> {
     fn rotation(&self, positions: usize, random: &mut Random) -> TractResult<Option<Rotation>> {
         let of = self.sizes();
         let dim = of.head_dim;
-        let case = Case::random(self.without_queries(), positions, 0, random);
+        let case = self
+            .new_keys
+            .random(self.without_queries(), positions, 0, random)?;
         let rotated = self.new_keys.run(&case)?;
         for dims in [dim, dim / 2, dim / 4, dim / 4 * 3, 0] {
             if !dims.is_multiple_of(2) {
@@ -211,7 +199,7 @@ impl<'a> Probe<'a> {
                 continue;
             }
             // By place alone, wherever a step begins, and earlier keys stay.
-            let later = Case::random(of, 3, 1, random).louder();
+            let later = self.keys.random(of, 3, 1, random)?.louder();
             let wanted = found.turned(&later.k, later.past, of.kv_heads, dim);
             let wanted = cache(of, &later.past_key, &wanted, later.past);
             return Ok(close(&self.keys.run(&later)?, &wanted).then_some(found));
@@ -224,7 +212,7 @@ impl<'a> Probe<'a> {
         let (of, half) = (self.sizes(), dims / 2);
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         if half > 0 {
-            let mut ones = Case::new(self.without_queries(), positions, 0);
+            let mut ones = self.new_keys.zeros(self.without_queries(), positions, 0)?;
             for head in ones.k.chunks_mut(of.head_dim) {
                 head[..half].fill(1.0);
             }
@@ -248,7 +236,7 @@ impl<'a> Probe<'a> {
     fn scale(&self, found: &Rotation, random: &mut Random) -> TractResult<f32> {
         let of = self.sizes();
         let dim = of.head_dim;
-        let mut case = Case::random(of, 1, 1, random);
+        let mut case = self.whole.random(of, 1, 1, random)?;
         case.v.fill(1.0);
         case.past_value.fill(0.0);
         let shares = self.whole.run(&case)?;
@@ -275,10 +263,10 @@ impl<'a> Probe<'a> {
 
     /// Whether the block's result is plain attention's.
     fn agrees(&self, found: &Rotation, case: &Case) -> TractResult<bool> {
-        Ok(close(
-            &self.whole.run(case)?,
-            &found.attend(self.sizes(), case),
-        ))
+        let of = self.sizes();
+        let pairs = case.tokens.saturating_mul(case.past + case.tokens);
+        self.whole.charge([pairs, of.heads, 2 * of.head_dim])?;
+        Ok(close(&self.whole.run(case)?, &found.attend(of, case)))
     }
 
     /// Up to how many tokens it agrees: all that can be tried, or as many as a sliding window shows.
@@ -288,7 +276,8 @@ impl<'a> Probe<'a> {
         if longest <= SHORT {
             return Ok(longest);
         }
-        let mut agrees = |length| self.agrees(found, &Case::random(of, 2, length - 2, random));
+        let mut agrees =
+            |length| self.agrees(found, &self.whole.random(of, 2, length - 2, random)?);
         if agrees(longest)? {
             return Ok(longest);
         }
@@ -390,7 +379,6 @@ impl Random {
 struct Machine<'a> {
     graph: &'a Graph,
     region: &'a Region,
-    types: &'a HashMap<String, i32>,
     /// Numbers that may still be made to try things out.
     effort: &'a Cell<u64>,
     output: &'a str,
@@ -401,35 +389,80 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
+    /// Numbers up to one in size, for one run.
+    fn random(
+        &self,
+        of: Sizes,
+        tokens: usize,
+        past: usize,
+        random: &mut Random,
+    ) -> TractResult<Case> {
+        let mut case = self.zeros(of, tokens, past)?;
+        for values in case.parts() {
+            for value in values {
+                *value = 2.0 * random.unit() - 1.0;
+            }
+        }
+        Ok(case)
+    }
+
+    /// Zeros, for one run.
+    fn zeros(&self, of: Sizes, tokens: usize, past: usize) -> TractResult<Case> {
+        self.spend(of, Lengths { tokens, past })?;
+        Ok(Case::zeros(of, tokens, past))
+    }
+
+    /// Refuses runs that take or make too much, before there is anything to run on.
+    fn spend(&self, case: Sizes, lengths: Lengths) -> TractResult<()> {
+        let Lengths { tokens, past } = lengths;
+        let mut extents = Extents::new(self.graph, self.effort.get());
+        let of = self.region.sizes;
+        let wrong = |what: String| format_err!("it has {what}");
+        // The case has numbers for what this machine doesn't read, too.
+        let rows = [
+            (case.heads, tokens),
+            (case.kv_heads, tokens),
+            (case.kv_heads, past),
+        ];
+        for (heads, rows) in rows {
+            extents
+                .put("", &[heads, rows, case.head_dim])
+                .map_err(wrong)?;
+            self.charge([heads, rows, case.head_dim])?;
+        }
+        for name in self.names() {
+            let mut linears = self.region.linears.iter();
+            let fed = if let Some((_, width)) = linears.find(|(linear, _)| linear == name) {
+                extents.put(name, &[1, tokens, *width])
+            } else {
+                let cache = [1, of.kv_heads, past, of.head_dim].map(Some);
+                extents.feed(name, &cache, Some(self.element(name)), lengths)
+            };
+            fed.map_err(wrong)?;
+        }
+        let stored = self.region.stored.iter();
+        let stored = stored.filter_map(|name| self.graph.initializer(name));
+        extents.follow(self.nodes(), stored).map_err(wrong)?;
+        self.take(extents.effort())
+    }
+
+    /// Takes what is computed beside tract from the effort that is left: the product of these.
+    fn charge(&self, sizes: [usize; 3]) -> TractResult<()> {
+        let sizes = sizes.iter().map(|&n| n as u64);
+        self.take(sizes.fold(1, u64::saturating_mul))
+    }
+
+    fn take(&self, effort: u64) -> TractResult<()> {
+        let left = self.effort.get().checked_sub(effort);
+        self.effort.set(left.context("that takes too long")?);
+        Ok(())
+    }
+
     /// Runs it for any length, or, where tract can't plan that, for these lengths alone.
     ///
     /// tract panics at some graphs and sizes; here that is a block that can't be run.
     fn run(&self, case: &Case) -> TractResult<Vec<f32>> {
-        self.spend(case)?;
         plan::caught(|| self.run_or_panic(case))
-    }
-
-    /// Refuses runs that make too much.
-    fn spend(&self, case: &Case) -> TractResult<()> {
-        let (tokens, past) = (case.tokens, case.past);
-        let mut extents = Extents::new(self.graph, self.types);
-        for name in self.names() {
-            let mut linears = self.region.linears.iter();
-            if let Some((_, width)) = linears.find(|(linear, _)| linear == name) {
-                extents.put(name, &[1, tokens, *width]);
-            } else {
-                let of = self.region.sizes;
-                let cache = [1, of.kv_heads, past, of.head_dim].map(Some);
-                extents.feed(name, &cache, Lengths { tokens, past });
-            }
-        }
-        let stored = self.region.stored.iter();
-        let stored = stored.filter_map(|name| self.graph.initializer(name));
-        let followed = extents.follow(self.nodes(), stored);
-        followed.map_err(|what| format_err!("it has {what}"))?;
-        let left = self.effort.get().checked_sub(extents.effort());
-        self.effort.set(left.context("that takes too long")?);
-        Ok(())
     }
 
     /// Those that its result hangs on, in order.
@@ -496,7 +529,7 @@ impl Machine<'_> {
             Ok(self.graph.resident(tensor)?)
         });
         Ok(GraphProto {
-            node: self.nodes().cloned().collect(),
+            node: self.graph.settled(self.nodes())?,
             initializer: stored.collect::<TractResult<_>>()?,
             input: self
                 .names()

@@ -1,20 +1,22 @@
 //! Makes exports alike before anything is recognised in them: one branch, no constant nodes, one float type, no
 //! nodes that do nothing. What a graph computes stays the same, but for floats that become wider.
 
+use super::types::{is_float, types};
 use super::{branch, extent};
 use crate::folder::Heads;
-use crate::onnx::{Graph, GraphError, Numbers, elements, input, input_type, int, output, set_dim};
-use std::collections::HashMap;
+use crate::onnx::{Graph, GraphError, Numbers, elements, input, int, output, set_dim};
 use tract_onnx::pb::attribute_proto::AttributeType;
 use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
+use tract_onnx::pb::{
+    AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, type_proto,
+};
 
 /// Numbers that are added or multiplied while importing, at most.
 const FOLDED_MAX: usize = 1 << 16;
 
 pub(crate) fn tidy(graph: &mut Graph) -> Result<(), GraphError> {
     branch::branches(graph)?;
-    constants(graph);
+    constants(graph.proto_mut());
     graph.admit()?;
     extent::bounded(graph)?;
     widen(graph);
@@ -41,20 +43,23 @@ pub(super) fn state_heads(graph: &mut Graph, heads: Heads) {
     }
 }
 
-/// `Constant` nodes become initializers.
-fn constants(graph: &mut Graph) {
-    let proto = graph.proto_mut();
-    let nodes = std::mem::take(&mut proto.node);
+/// `Constant` nodes become initializers, in branches too.
+fn constants(graph: &mut GraphProto) {
+    let nodes = std::mem::take(&mut graph.node);
     for mut node in nodes {
         let value = (node.op_type == "Constant")
             .then(|| constant(&mut node))
             .flatten();
-        match value {
-            Some(tensor) => proto.initializer.push(tensor),
-            None => proto.node.push(node),
+        if let Some(tensor) = value {
+            graph.initializer.push(tensor);
+            continue;
         }
+        let inner = node.attribute.iter_mut();
+        inner
+            .flat_map(|a| a.g.iter_mut().chain(&mut a.graphs))
+            .for_each(constants);
+        graph.node.push(node);
     }
-    graph.index();
 }
 
 fn constant(node: &mut NodeProto) -> Option<TensorProto> {
@@ -87,17 +92,6 @@ fn constant(node: &mut NodeProto) -> Option<TensorProto> {
         _ => return None,
     };
     Some(TensorProto { name, ..tensor })
-}
-
-/// Whether a number's type is a float of any width.
-pub(super) fn is_float(of: i32) -> bool {
-    let floats = [
-        DataType::Float,
-        DataType::Float16,
-        DataType::Bfloat16,
-        DataType::Double,
-    ];
-    floats.iter().any(|float| *float as i32 == of)
 }
 
 /// All floats are f32 from here on: casts between them do nothing, and stored ones are read as f32 whatever they are.
@@ -237,114 +231,4 @@ fn folded(graph: &Graph, node: &NodeProto) -> Option<TensorProto> {
         float_data: values,
         ..TensorProto::default()
     })
-}
-
-/// Operators whose outputs are of their first input's type.
-const KEEPS_TYPE: [&str; 56] = [
-    "Abs",
-    "Add",
-    "Attention",
-    "BiasGelu",
-    "Ceil",
-    "Clip",
-    "Concat",
-    "Cos",
-    "CumSum",
-    "Div",
-    "Erf",
-    "Exp",
-    "Expand",
-    "FastGelu",
-    "Floor",
-    "Gather",
-    "GatherElements",
-    "GatherND",
-    "Gelu",
-    "GroupQueryAttention",
-    "Identity",
-    "LayerNormalization",
-    "Log",
-    "MatMul",
-    "MatMulNBits",
-    "Max",
-    "Min",
-    "Mod",
-    "Mul",
-    "Neg",
-    "Pow",
-    "QuickGelu",
-    "RMSNormalization",
-    "Range",
-    "Reciprocal",
-    "ReduceMean",
-    "ReduceSum",
-    "Relu",
-    "Reshape",
-    "RotaryEmbedding",
-    "ScatterND",
-    "Sigmoid",
-    "SimplifiedLayerNormalization",
-    "Sin",
-    "SkipSimplifiedLayerNormalization",
-    "Slice",
-    "Softmax",
-    "Split",
-    "Sqrt",
-    "Squeeze",
-    "Sub",
-    "Tanh",
-    "Tile",
-    "Transpose",
-    "Trilu",
-    "Unsqueeze",
-];
-
-/// The types of values, as far as they follow from what makes them.
-pub(super) fn types(graph: &Graph) -> HashMap<String, i32> {
-    let mut types: HashMap<String, i32> = HashMap::new();
-    for tensor in &graph.proto().initializer {
-        types.insert(tensor.name.clone(), tensor.data_type);
-    }
-    for input in &graph.proto().input {
-        if let Some(of) = input_type(input) {
-            types.insert(input.name.clone(), of);
-        }
-    }
-    for node in &graph.proto().node {
-        let of = |index: usize| input(node, index).and_then(|name| types.get(name)).copied();
-        let made = match node.op_type.as_str() {
-            "Shape" | "Size" | "ArgMax" | "NonZero" => Some(DataType::Int64 as i32),
-            "Cast" => int(node, "to").map(|to| to as i32),
-            "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "And" | "Or"
-            | "Not" | "Xor" | "IsNaN" | "IsInf" => Some(DataType::Bool as i32),
-            "Where" => of(1).or(of(2)),
-            "ConstantOfShape" => {
-                let value = node.attribute.iter().find(|a| a.name == "value");
-                Some(
-                    value
-                        .and_then(|a| a.t.as_ref())
-                        .map_or(DataType::Float as i32, |t| t.data_type),
-                )
-            }
-            "MatMulInteger" => Some(DataType::Int32 as i32),
-            "DynamicQuantizeLinear" => Some(DataType::Uint8 as i32),
-            "DequantizeLinear" | "GatherBlockQuantized" => Some(DataType::Float as i32),
-            "QuantizeLinear" => of(2).or(Some(DataType::Uint8 as i32)),
-            // An If, a Loop or a Scan makes what its graphs make.
-            _ if node.attribute.iter().any(|a| a.g.is_some()) => None,
-            op if KEEPS_TYPE.contains(&op) => of(0),
-            _ => None,
-        };
-        let Some(made) = made else { continue };
-        for (index, name) in node.output.iter().enumerate() {
-            let is_scale = node.op_type == "DynamicQuantizeLinear" && index == 1;
-            let of = if is_scale {
-                DataType::Float as i32
-            } else {
-                made
-            };
-            types.insert(name.clone(), of);
-        }
-    }
-    types
 }

@@ -1,7 +1,9 @@
 //! A node's attributes and inputs, and nodes in the making.
 
 use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{AttributeProto, NodeProto, TensorProto, attribute_proto::AttributeType};
+use tract_onnx::pb::{
+    AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType,
+};
 
 fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
     node.attribute.iter().find(|a| a.name == name)
@@ -22,6 +24,20 @@ pub(crate) fn is_or_absent(node: &NodeProto, name: &str, value: f32) -> bool {
 
 pub(crate) fn ints<'a>(node: &'a NodeProto, name: &str) -> &'a [i64] {
     attribute(node, name).map_or(&[], |a| &a.ints)
+}
+
+/// The graphs inside a node: branches and bodies.
+pub(crate) fn graphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
+    node.attribute
+        .iter()
+        .flat_map(|a| a.g.iter().chain(&a.graphs))
+}
+
+/// Where an axis is among `rank` ones, counted from the end if it is negative.
+pub(crate) fn axis(axis: i64, rank: usize) -> Option<usize> {
+    let from = if axis < 0 { rank as i64 } else { 0 };
+    let at = usize::try_from(axis.checked_add(from)?).ok()?;
+    (at < rank).then_some(at)
 }
 
 /// A node to be added to a graph.

@@ -164,6 +164,24 @@ pub(crate) fn dims(tensor: &TensorProto) -> Vec<usize> {
     tensor.dims.iter().map(size).collect()
 }
 
+/// The whole numbers or truths that these bytes hold; `None` for other types.
+pub(super) fn whole(bytes: &[u8], of: DataType) -> Option<Vec<i64>> {
+    Some(match of {
+        DataType::Int64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b))
+            .collect(),
+        DataType::Int32 => {
+            let numbers = bytes.as_chunks().0.iter();
+            numbers.map(|b| i64::from(i32::from_le_bytes(*b))).collect()
+        }
+        DataType::Bool => bytes.iter().map(|&b| i64::from(b != 0)).collect(),
+        _ => return None,
+    })
+}
+
 fn bits(of: DataType) -> Option<usize> {
     Some(match of {
         DataType::Float | DataType::Int32 | DataType::Uint32 => 32,

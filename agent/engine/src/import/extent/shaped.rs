@@ -1,287 +1,288 @@
-//! Operators whose outputs' sizes follow from their inputs'.
+//! What operators make, by the sizes of what they read. One that isn't here is refused.
 
-use super::Extents;
-use super::numbers::arithmetic;
 use super::value::{Extent, matmul};
+use super::{Extents, flag};
 use crate::onnx::{int, ints};
-use std::collections::HashMap;
 use tract_onnx::pb::NodeProto;
+use tract_onnx::pb::tensor_proto::DataType;
 
 impl Extents<'_> {
-    /// Operators whose outputs' sizes follow from their inputs'; `None` for unknown ones.
+    /// What an operator makes, output by output; `None` where that can't be told.
     pub(super) fn shaped(&self, node: &NodeProto) -> Option<Vec<Extent>> {
         let x = |i: usize| self.input(node, i);
         let one = |extent: Extent| Some(vec![extent]);
-        let axis = |default: i64| int(node, "axis").unwrap_or(default);
-        let op = node.op_type.as_str();
-        if let Some(operator) = arithmetic(op) {
-            return one(self.elementwise(node, operator)?);
-        }
-        match op {
-            "Shape" => {
-                let dims = x(0)?.dims.as_ref()?;
-                let place = |name: &str, default: i64| {
-                    let at = int(node, name).unwrap_or(default);
-                    let at = if at < 0 {
-                        at.saturating_add(dims.len() as i64)
-                    } else {
-                        at
-                    };
-                    at.clamp(0, dims.len() as i64) as usize
-                };
-                let (start, end) = (place("start", 0), place("end", dims.len() as i64));
-                let asked = dims.get(start..end.max(start))?;
-                let numbers = asked.iter().map(|&n| n as f64).collect();
-                one(Extent::of(vec![asked.len() as u64]).with(Some(numbers)))
-            }
-            "Size" => one(Extent::of(vec![]).with(Some(vec![x(0)?.count as f64]))),
-            "Identity" | "Dropout" | "CastLike" => one(Extent {
-                is_fixed: false,
-                ..x(0)?.clone()
-            }),
-            "Squeeze" | "Unsqueeze" | "Flatten" | "Reshape" => {
-                let made = self.reshaped(node).unwrap_or_else(|| Extent::flat(0));
-                let count = x(0)?.count;
-                // The numbers stay what they were.
-                one(Extent { count, ..made }.with(x(0)?.numbers.clone()))
-            }
-            "Transpose" => {
-                let dims = x(0)?.dims.as_ref()?;
-                let moved = match ints(node, "perm") {
-                    [] => dims.iter().rev().copied().collect(),
-                    perm => perm
-                        .iter()
-                        .map(|&from| dims.get(usize::try_from(from).ok()?).copied())
-                        .collect::<Option<Vec<_>>>()?,
-                };
-                let numbers = x(0)?.numbers.clone().filter(|_| dims.len() < 2);
-                one(Extent::of(moved).with(numbers))
-            }
-            "Concat" => {
-                let all = (0..node.input.len()).map(x).collect::<Option<Vec<_>>>()?;
-                let (first, axis) = (all.first()?, axis(0));
-                let mut sum = 0u64;
-                for part in &all {
-                    let size = part.dims.as_ref()?.get(first.axis(axis)?)?;
-                    sum = sum.saturating_add(*size);
-                }
-                let numbers = all.iter().map(|part| part.numbers.clone());
-                let numbers: Option<Vec<_>> = numbers.collect();
-                let numbers = numbers
-                    .filter(|_| first.rank() == 1)
-                    .map(|all| all.concat());
-                one(first.resized(axis, sum)?.with(numbers))
-            }
-            "Split" => Some(self.split(node)?),
+        match node.op_type.as_str() {
+            op if ELEMENTWISE.contains(&op) => one(self.elementwise(node)?),
+            op if KEPT.contains(&op) => self.kept(node),
+            "Identity" => one(x(0)?.clone()),
+            "Shape" => one(shape(node, x(0)?)),
+            "Size" => one(size(x(0)?)),
+            "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => one(self.reshaped(node)?),
+            "Transpose" => one(transposed(node, x(0)?)?),
+            "Concat" => one(self.concat(node)?),
+            "Split" => self.split(node),
             "Slice" => one(self.slice(node)?),
-            "Gather" | "GatherBlockQuantized" => {
-                let is_packed = op != "Gather" && int(node, "bits").unwrap_or(4) == 4;
-                let at = int(
-                    node,
-                    if op == "Gather" {
-                        "axis"
-                    } else {
-                        "gather_axis"
-                    },
-                );
-                let (data, ids) = (x(0)?, x(1)?);
-                let at = data.axis(at.unwrap_or(0))?;
-                let mut dims = data.dims.clone()?;
-                dims.splice(at..=at, ids.dims.clone()?);
-                if let Some(last) = dims.last_mut().filter(|_| is_packed) {
-                    *last = last.saturating_mul(2);
-                }
-                let numbers = data.numbers.as_ref().zip(ids.ints());
-                let numbers = numbers.filter(|_| data.rank() == 1).and_then(|(all, ids)| {
-                    let index = |id: i64| if id < 0 { id + all.len() as i64 } else { id };
-                    let number = |id: &i64| all.get(usize::try_from(index(*id)).ok()?).copied();
-                    ids.iter().map(number).collect()
-                });
-                one(Extent::of(dims).with(numbers))
-            }
-            "GatherElements" => one(x(1)?.alike()),
-            "GatherND" => {
-                let (data, ids) = (x(0)?.dims.as_ref()?, x(1)?.dims.as_ref()?);
-                let (depth, shared) = ids.split_last()?;
-                let batch = int(node, "batch_dims").unwrap_or(0).max(0) as u64;
-                let from = usize::try_from(depth.saturating_add(batch)).ok()?;
-                let rest = data.get(from..)?;
-                one(Extent::of([shared, rest].concat()))
-            }
-            "NonZero" => one(Extent::of(vec![x(0)?.rank().max(1) as u64, x(0)?.count])),
-            "MatMul" | "MatMulInteger" => one(matmul(x(0)?, x(1)?)?),
-            "QLinearMatMul" => one(matmul(x(0)?, x(3)?)?),
-            "Gemm" => {
-                let side = |i: usize, flag: &str| {
-                    let dims = x(i)?.dims.as_ref()?;
-                    let flipped = int(node, flag).unwrap_or(0) != 0;
-                    dims.get(usize::from((i == 1) != flipped)).copied()
+            "ConstantOfShape" => one(self.constant_of_shape(node)?),
+            "Expand" => one(self.expanded(node)?),
+            "Tile" => one(self.tiled(node)?),
+            "Pad" => one(self.padded(node)?),
+            "Range" => one(self.range(node)?),
+            "OneHot" => one(self.one_hot(node)?),
+            "TopK" => {
+                let &[k] = x(1)?.sizes()?.as_slice() else {
+                    return None;
                 };
-                one(Extent::of(vec![side(0, "transA")?, side(1, "transB")?]))
+                let made = x(0)?.resized(int(node, "axis").unwrap_or(-1), k)?;
+                Some(vec![made; 2])
+            }
+            "ArgMax" | "ArgMin" => {
+                let axis = int(node, "axis").unwrap_or(0);
+                one(self.without(node, &[axis])?)
+            }
+            "ReduceMax" | "ReduceMean" | "ReduceMin" | "ReduceProd" | "ReduceSum" => {
+                one(self.reduced(node)?)
+            }
+            "Gather" => one(self.gather(node)?),
+            "GatherBlockQuantized" => one(gather_packed(node, x(0)?, x(1)?)?),
+            "GatherND" => one(gather_nd(node, x(0)?, x(1)?)?),
+            "ScatterElements" | "ScatterND" => one(x(0)?.alike()),
+            "GatherElements" => one(x(1)?.alike()),
+            "NonZero" => {
+                let rank = x(0)?.dims()?.len().max(1) as u64;
+                one(Extent::flat(rank.saturating_mul(x(0)?.count)))
+            }
+            "MatMul" => one(matmul(x(0)?, x(1)?)),
+            "MatMulInteger" => {
+                let (a, b) = (x(0)?, x(1)?);
+                x(2).is_none_or(|zero| a.takes(zero)).then_some(())?;
+                x(3).is_none_or(|zero| b.takes(zero)).then_some(())?;
+                one(matmul(a, b))
             }
             "MatMulNBits" => {
                 // Each output has some weights; what is stated beyond them is refused where they are read.
-                let stated = u64::try_from(int(node, "N").unwrap_or(0)).unwrap_or(0);
-                let width = stated.min(x(1)?.count);
-                one(x(0)?.resized(-1, width)?)
+                let stated = u64::try_from(int(node, "N")?).ok()?;
+                one(x(0)?.resized(-1, stated.min(x(1)?.count))?)
             }
-            "Conv" | "ConvInteger" => {
-                let (data, kernel) = (x(0)?.dims.as_ref()?, x(1)?.dims.as_ref()?);
-                let pads = ints(node, "pads").iter();
-                let pads = pads.fold(0, |all: u64, &n| all.saturating_add(n.max(0) as u64));
-                let padded = data.iter().skip(2).map(|n| n.saturating_add(pads));
-                let fronts = [*data.first()?, *kernel.first()?];
-                one(Extent::of(fronts.into_iter().chain(padded).collect()))
+            "Gemm" => {
+                let made = gemm(node, x(0)?, x(1)?)?;
+                x(2).is_none_or(|added| made.takes(added)).then_some(())?;
+                one(made)
             }
-            "Einsum" => one(self.einsum(node)?),
-            "GroupQueryAttention" | "MultiHeadAttention" | "Attention" => self.attention(node),
-            "ArgMax" | "ArgMin" => one(x(0)?
-                .resized(axis(0), 1)
-                .unwrap_or_else(|| x(0).map(Extent::alike).unwrap_or_default())),
-            _ if op.starts_with("Reduce") => one(self.reduced(node)?),
+            "QuantizeLinear" | "DequantizeLinear" => one(self.scaled(node)?),
             "DynamicQuantizeLinear" => {
-                let number = || Extent::of(vec![]);
-                Some(vec![x(0)?.alike(), number(), number()])
+                let number = Extent::of(vec![]);
+                Some(vec![x(0)?.alike(), number.clone(), number])
             }
-            // All outputs: a norm's fourth is the sum that it normalises.
-            _ if ALIKE.contains(&op) => Some(vec![x(0)?.alike(); node.output.len()]),
+            "RotaryEmbedding" => one(self.rotated(node)?),
+            "Attention" | "GroupQueryAttention" | "MultiHeadAttention" => self.attention(node),
             _ => None,
         }
     }
 
-    /// One number for each choice of the letters behind the arrow.
-    fn einsum(&self, node: &NodeProto) -> Option<Extent> {
-        let equation = node.attribute.iter().find(|a| a.name == "equation")?;
-        let equation = String::from_utf8_lossy(&equation.s).replace(' ', "");
-        let (inputs, output) = equation.split_once("->")?;
-        let mut sizes: HashMap<char, u64> = HashMap::new();
-        for (index, letters) in inputs.split(',').enumerate() {
-            let dims = self.input(node, index)?.dims.as_ref()?;
-            if letters.chars().count() != dims.len() {
-                return None;
+    /// An operator that changes its first input's numbers and not its sizes. Gains, biases and what is added must not
+    /// be larger.
+    fn kept(&self, node: &NodeProto) -> Option<Vec<Extent>> {
+        let x = self.input(node, 0)?;
+        let mut others = (1..node.input.len()).filter_map(|i| self.input(node, i));
+        others.all(|other| x.takes(other)).then_some(())?;
+        // A norm's fourth is the sum that it normalises; its second and third are smaller.
+        let further = Extent::flat(x.count);
+        let sizes = |i: usize| {
+            if i.is_multiple_of(3) {
+                x.alike()
+            } else {
+                further.clone()
             }
-            for (letter, &n) in letters.chars().zip(dims) {
-                let size = sizes.entry(letter).or_insert(n);
-                *size = n.max(*size);
-            }
-        }
-        let dims = output.chars().map(|letter| sizes.get(&letter).copied());
-        Some(Extent::of(dims.collect::<Option<_>>()?))
+        };
+        Some((0..node.output.len()).map(sizes).collect())
     }
 
-    /// The result, keys, values, and what `Attention` has of products on the way.
-    fn attention(&self, node: &NodeProto) -> Option<Vec<Extent>> {
-        let query = self.input(node, 0)?;
-        let (past, new) = match node.op_type.as_str() {
-            "Attention" => ([4, 5], [1, 2]),
-            "GroupQueryAttention" => ([3, 4], [1, 2]),
-            _ => ([6, 7], [1, 2]),
+    fn gather(&self, node: &NodeProto) -> Option<Extent> {
+        let (data, ids) = (self.input(node, 0)?, self.input(node, 1)?);
+        let at = data.axis(int(node, "axis").unwrap_or(0))?;
+        let mut dims = data.dims.clone()?;
+        dims.splice(at..=at, ids.dims.clone()?);
+        let numbers = || {
+            let all = data
+                .numbers
+                .as_ref()
+                .filter(|_| data.dims.as_ref().is_some_and(|d| d.len() == 1))?;
+            let number = |&id: &i64| all.get(crate::onnx::axis(id, all.len())?).copied();
+            ids.numbers.as_ref()?.iter().map(number).collect()
         };
-        let tokens = |x: &Extent| {
-            let dims = x.dims.as_ref()?;
-            dims.get(dims.len().checked_sub(2)?).copied()
+        Some(Extent::of(dims).with(numbers()))
+    }
+
+    /// Scales and zero points are one, one for each place on an axis, or one a block.
+    fn scaled(&self, node: &NodeProto) -> Option<Extent> {
+        let x = self.input(node, 0)?;
+        let axis = int(node, "axis").unwrap_or(1);
+        let fits = |scale: &Extent| match (scale.dims()?, x.dims()?) {
+            ([], _) => Some(()),
+            (&[n], dims) => (n == 1 && !dims.is_empty() || x.size(axis) == Some(n)).then_some(()),
+            (scales, dims) => {
+                let whole = |(&n, &scales): (&u64, &u64)| scales <= n;
+                (scales.len() == dims.len() && dims.iter().zip(scales).all(whole)).then_some(())
+            }
         };
-        let heads = ["q_num_heads", "num_heads"]
-            .iter()
-            .find_map(|name| int(node, name));
-        let heads = heads.map_or_else(
-            || query.dims.as_ref()?.get(1).copied(),
-            |n| u64::try_from(n).ok(),
-        )?;
-        let all = past
-            .map(|i| self.input(node, i))
-            .into_iter()
-            .flatten()
-            .filter_map(tokens)
-            .max();
-        let all = all.unwrap_or(0).saturating_add(
-            new.iter()
-                .filter_map(|&i| tokens(self.input(node, i)?))
-                .max()
-                .unwrap_or(tokens(query)?),
-        );
-        let products = Extent::of(vec![heads, tokens(query)?, all]);
-        let cached = |i: usize| {
-            let past = self.input(node, past[i])?;
-            past.resized(-2, all)
-        };
-        // What is handed on is as wide as the queries, or the products where those are more.
-        let result = Extent {
-            count: query.count.max(products.count),
-            ..query.alike()
-        };
-        let [keys, values] = [0, 1].map(|i| {
-            cached(i).unwrap_or_else(|| {
-                self.input(node, new[i])
-                    .map(Extent::alike)
-                    .unwrap_or_default()
-            })
-        });
-        Some(vec![result, keys, values, products])
+        (1..node.input.len())
+            .filter_map(|i| self.input(node, i))
+            .try_for_each(fits)?;
+        Some(x.alike())
     }
 }
 
-/// Operators whose outputs are as large as their first input.
-const ALIKE: &[&str] = &[
-    "Acos",
-    "Acosh",
-    "Asin",
-    "Asinh",
-    "Atan",
-    "Atanh",
-    "BatchNormalization",
+/// Rows of four bits: two share a byte where the type doesn't say that there are half as many.
+fn gather_packed(node: &NodeProto, data: &Extent, ids: &Extent) -> Option<Extent> {
+    let &[_, width] = data.dims()? else {
+        return None;
+    };
+    let is_four = int(node, "bits").is_none_or(|bits| bits == 4);
+    let is_packed = is_four && data.of == Some(DataType::Uint8 as i32);
+    let is_by_row = int(node, "gather_axis").is_none_or(|axis| axis == 0);
+    let width = width.saturating_mul(if is_packed { 2 } else { 1 });
+    let dims = [ids.dims()?, &[width]].concat();
+    is_by_row.then(|| Extent::of(dims))
+}
+
+fn gather_nd(node: &NodeProto, data: &Extent, ids: &Extent) -> Option<Extent> {
+    let (&depth, shared) = ids.dims()?.split_last()?;
+    let batch = u64::try_from(int(node, "batch_dims").unwrap_or(0)).ok()?;
+    let from = usize::try_from(depth.checked_add(batch)?).ok()?;
+    let rest = data.dims()?.get(from..)?;
+    Some(Extent::of([shared, rest].concat()))
+}
+
+fn gemm(node: &NodeProto, a: &Extent, b: &Extent) -> Option<Extent> {
+    let (&[rows, columns], &[b_rows, b_columns]) = (a.dims()?, b.dims()?) else {
+        return None;
+    };
+    let row = if flag(node, "transA", false)? {
+        columns
+    } else {
+        rows
+    };
+    let column = if flag(node, "transB", false)? {
+        b_rows
+    } else {
+        b_columns
+    };
+    Some(Extent::of(vec![row, column]))
+}
+
+fn size(x: &Extent) -> Extent {
+    let count = x.dims().and_then(|_| i64::try_from(x.count).ok());
+    Extent::of(vec![]).with(count.map(|n| vec![n]))
+}
+
+fn shape(node: &NodeProto, x: &Extent) -> Extent {
+    let Some(dims) = x.dims() else {
+        return Extent::flat(super::RANK_MAX as u64);
+    };
+    let rank = dims.len() as i64;
+    let place = |name: &str, default: i64| {
+        let at = int(node, name).unwrap_or(default);
+        let at = if at < 0 { at.saturating_add(rank) } else { at };
+        at.clamp(0, rank) as usize
+    };
+    let (start, end) = (place("start", 0), place("end", rank));
+    let asked = &dims[start..end.max(start)];
+    let numbers = asked.iter().map(|&n| i64::try_from(n).ok()).collect();
+    Extent::of(vec![asked.len() as u64]).with(numbers)
+}
+
+fn transposed(node: &NodeProto, x: &Extent) -> Option<Extent> {
+    let dims = x.dims()?;
+    let moved: Vec<u64> = match ints(node, "perm") {
+        [] => dims.iter().rev().copied().collect(),
+        perm => {
+            let mut sorted = perm.to_vec();
+            sorted.sort_unstable();
+            sorted
+                .iter()
+                .copied()
+                .eq(0..dims.len() as i64)
+                .then_some(())?;
+            perm.iter().map(|&from| dims[from as usize]).collect()
+        }
+    };
+    let numbers = x.numbers.clone().filter(|_| dims.len() < 2);
+    Some(Extent::of(moved).with(numbers))
+}
+
+/// Operators that take number by number: as large as all inputs together.
+const ELEMENTWISE: &[&str] = &[
+    "Abs",
+    "Add",
+    "And",
     "BiasGelu",
+    "BitShift",
+    "BitwiseAnd",
     "BitwiseNot",
-    "Celu",
-    "Clip",
-    "Compress",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Cast",
+    "Ceil",
     "Cos",
-    "Cosh",
-    "CumSum",
-    "DepthToSpace",
-    "DequantizeLinear",
+    "Div",
     "Elu",
+    "Equal",
     "Erf",
-    "EyeLike",
+    "Exp",
     "FastGelu",
+    "Floor",
     "Gelu",
-    "GroupNormalization",
+    "Greater",
+    "GreaterOrEqual",
     "HardSigmoid",
     "HardSwish",
-    "Hardmax",
-    "InstanceNormalization",
     "IsInf",
     "IsNaN",
-    "LRN",
-    "LayerNormalization",
     "LeakyRelu",
-    "LogSoftmax",
-    "LpNormalization",
-    "MeanVarianceNormalization",
+    "Less",
+    "LessOrEqual",
+    "Log",
+    "Max",
+    "Mean",
+    "Min",
     "Mish",
-    "QuantizeLinear",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Not",
+    "Or",
+    "PRelu",
+    "Pow",
     "QuickGelu",
-    "RMSNormalization",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "RotaryEmbedding",
-    "Scatter",
-    "ScatterElements",
-    "ScatterND",
+    "Reciprocal",
+    "Relu",
+    "Round",
     "Selu",
-    "Shrink",
     "Sigmoid",
     "Sign",
-    "SimplifiedLayerNormalization",
     "Sin",
-    "Sinh",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "Softmax",
     "Softplus",
-    "SpaceToDepth",
+    "Sqrt",
+    "Sub",
+    "Sum",
     "Swish",
     "Tan",
     "Tanh",
+    "Where",
+    "Xor",
+];
+
+/// Operators whose first input's size is their output's: see [`Extents::kept`].
+const KEPT: &[&str] = &[
+    "CumSum",
+    "Clip",
+    "Dropout",
+    "LayerNormalization",
+    "LogSoftmax",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "Softmax",
     "Trilu",
 ];

@@ -1,93 +1,83 @@
 //! Operators whose output is as large as numbers say.
 
 use super::Extents;
-use super::value::{COMPUTED_MAX, Extent, broadcast, spread};
-use crate::onnx::int;
+use super::numbers::{fitting, spread};
+use super::value::{COMPUTED_MAX, Extent, broadcast};
+use crate::onnx::{self, int};
 use tract_onnx::pb::NodeProto;
 
 impl Extents<'_> {
-    /// Operators whose output is as large as numbers say: `None` for others, an error where those aren't known.
-    pub(super) fn sized(&self, node: &NodeProto) -> Option<Result<Extent, &'static str>> {
-        let x = |i: usize| self.input(node, i);
-        // Below zero they wrap around where tract takes them.
-        let sizes = |i: usize| -> Option<Vec<u64>> {
-            let sizes = x(i)?.ints()?.into_iter();
-            sizes.map(|n| u64::try_from(n).ok()).collect()
+    pub(super) fn constant_of_shape(&self, node: &NodeProto) -> Option<Extent> {
+        let made = Extent::of(self.input(node, 0)?.sizes()?);
+        let value = node.attribute.iter().find(|a| a.name == "value");
+        let value = value.and_then(|a| self.graph.whole_numbers(a.t.as_ref()?));
+        let numbers = match value.as_deref() {
+            Some([one]) if made.count <= COMPUTED_MAX => Some(vec![*one; made.count as usize]),
+            _ => None,
         };
-        let made = match node.op_type.as_str() {
-            "ConstantOfShape" => sizes(0).map(|dims| {
-                let made = Extent::of(dims);
-                let value = node.attribute.first().and_then(|a| a.t.as_ref());
-                let value = value.map_or(Some(0.0), |t| {
-                    Some(f64::from(crate::onnx::Numbers::inline(t)?.at(0)))
-                });
-                let few = made.count <= COMPUTED_MAX;
-                let numbers = value.filter(|_| few).map(|v| vec![v; made.count as usize]);
-                made.with(numbers)
-            }),
-            "Expand" => x(0).zip(sizes(1)).map(|(data, dims)| {
-                let wanted = Extent::of(dims);
-                let made = broadcast(&[data, &wanted]);
-                let numbers = spread(data, &made);
-                made.with(numbers)
-            }),
-            "Tile" => x(0).zip(sizes(1)).map(|(data, times)| {
-                let Some(dims) = &data.dims else {
-                    let times = times
-                        .iter()
-                        .fold(1, |all: u64, &n| all.saturating_mul(n.max(1)));
-                    return Extent::flat(data.count.saturating_mul(times));
-                };
-                let dims = dims
-                    .iter()
-                    .zip(&times)
-                    .map(|(n, times)| n.saturating_mul(*times));
-                Extent::of(dims.collect())
-            }),
-            "Pad" => {
-                let pads = self.listed(node, 1, "pads").ok().flatten();
-                x(0).zip(pads).and_then(|(data, pads)| {
-                    let rank = data.rank();
-                    let around = |axis: usize| {
-                        let pad = |i: usize| pads.get(i).map_or(0, |&n| n.max(0)) as u64;
-                        pad(axis).saturating_add(pad(axis + rank))
-                    };
-                    let dims = data.dims.as_ref()?.iter().enumerate();
-                    // Axes may be given in any order; then all of the padding may lie on each.
-                    let all = pads
-                        .iter()
-                        .fold(0, |all: u64, &n| all.saturating_add(n.max(0) as u64));
-                    let named = x(3).is_some();
-                    let more = |axis| if named { all } else { around(axis) };
-                    let dims = dims.map(|(axis, n)| n.saturating_add(more(axis)));
-                    Some(Extent::of(dims.collect()))
-                })
-            }
-            "Range" => {
-                let number = |i: usize| x(i)?.numbers.as_ref()?.first().copied();
-                let ends = || Some((number(0)?, number(1)?, number(2)?));
-                let counts =
-                    |&(first, end, step): &(f64, f64, f64)| ((end - first) / step).is_finite();
-                ends().filter(counts).map(|(first, end, step)| {
-                    let count = ((end - first) / step).ceil().max(0.0);
-                    let few = count <= COMPUTED_MAX as f64;
-                    let numbers = few.then(|| (0..count as u64).map(|i| first + step * i as f64));
-                    Extent::of(vec![count as u64]).with(numbers.map(Iterator::collect))
-                })
-            }
-            "OneHot" => {
-                let depth = sizes(1).and_then(|depth| depth.first().copied());
-                x(0).zip(depth).map(|(data, depth)| {
-                    let mut dims = data.dims.clone().unwrap_or_else(|| vec![data.count]);
-                    dims.push(depth);
-                    Extent::of(dims)
-                })
-            }
-            "TopK" => x(0)
-                .zip(sizes(1))
-                .and_then(|(data, k)| data.resized(int(node, "axis").unwrap_or(-1), *k.first()?)),
-            _ => return None,
+        Some(made.with(numbers))
+    }
+
+    pub(super) fn expanded(&self, node: &NodeProto) -> Option<Extent> {
+        let data = self.input(node, 0)?;
+        let made = broadcast(&[data, &Extent::of(self.input(node, 1)?.sizes()?)]);
+        let numbers =
+            spread(data, &made).filter(|_| made.dims.is_some() && made.count <= COMPUTED_MAX);
+        let numbers = numbers.map(|numbers| match numbers {
+            [one] => vec![*one; made.count as usize],
+            all => all.to_vec(),
+        });
+        Some(made.with(numbers))
+    }
+
+    pub(super) fn tiled(&self, node: &NodeProto) -> Option<Extent> {
+        let (dims, times) = (self.input(node, 0)?.dims()?, self.input(node, 1)?.sizes()?);
+        let pairs = (times.len() == dims.len()).then(|| dims.iter().zip(&times))?;
+        Some(Extent::of(
+            pairs.map(|(n, times)| n.saturating_mul(*times)).collect(),
+        ))
+    }
+
+    pub(super) fn padded(&self, node: &NodeProto) -> Option<Extent> {
+        let dims = self.input(node, 0)?.dims()?;
+        let pads = self.listed(node, 1, "pads", 11).ok()??;
+        // Some axes alone may be named, in any order: no known model does that.
+        let fit = pads.len() == 2 * dims.len() && self.input(node, 3).is_none();
+        let (before, after) = fit.then(|| pads.split_at(dims.len()))?;
+        let size = |((&n, &a), &b): ((&u64, &i64), &i64)| {
+            let around = u64::try_from(a)
+                .ok()?
+                .saturating_add(u64::try_from(b).ok()?);
+            Some(n.saturating_add(around))
         };
-        Some(made.ok_or("whose size does not follow from the sizes of its inputs"))
+        let made = dims.iter().zip(before).zip(after).map(size);
+        Some(Extent::of(made.collect::<Option<_>>()?))
+    }
+
+    pub(super) fn range(&self, node: &NodeProto) -> Option<Extent> {
+        let number = |i: usize| match self.input(node, i)?.numbers.as_deref()? {
+            &[number] => fitting(number),
+            _ => None,
+        };
+        let (first, end, step) = (number(0)?, number(1)?, number(2)?);
+        let count = (step > 0).then(|| {
+            (end - first)
+                .max(0)
+                .unsigned_abs()
+                .div_ceil(step.unsigned_abs())
+        })?;
+        let numbers =
+            (count <= COMPUTED_MAX).then(|| (first..end).step_by(step as usize).collect());
+        Some(Extent::of(vec![count]).with(numbers))
+    }
+
+    pub(super) fn one_hot(&self, node: &NodeProto) -> Option<Extent> {
+        let mut dims = self.input(node, 0)?.dims.clone()?;
+        let &[depth] = self.input(node, 1)?.sizes()?.as_slice() else {
+            return None;
+        };
+        let axis = onnx::axis(int(node, "axis").unwrap_or(-1), dims.len() + 1)?;
+        dims.insert(axis, depth);
+        Some(Extent::of(dims))
     }
 }

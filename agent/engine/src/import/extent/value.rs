@@ -1,6 +1,6 @@
 //! What is known of a value.
 
-use tract_onnx::pb::tensor_proto::DataType;
+use crate::onnx;
 
 /// Values of no more numbers than this are computed, for sizes may hang on them.
 pub(super) const COMPUTED_MAX: u64 = 4096;
@@ -8,14 +8,14 @@ pub(super) const COMPUTED_MAX: u64 = 4096;
 /// What is known of a value.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Extent {
-    /// Its sizes, or more; none where not even its rank is known.
+    /// Its sizes, exactly; none where all that can be said is how many numbers there are at most.
     pub(super) dims: Option<Vec<u64>>,
-    /// Numbers it has at most.
+    /// Numbers it has; at most, where its sizes are not known.
     pub(super) count: u64,
-    /// Those, where they are few and known.
-    pub(super) numbers: Option<Vec<f64>>,
-    /// Whether it is made of nothing but stored tensors.
-    pub(super) is_fixed: bool,
+    /// Those, where they are whole ones or truths, few and known.
+    pub(super) numbers: Option<Vec<i64>>,
+    /// Their type.
+    pub(super) of: Option<i32>,
 }
 
 impl Extent {
@@ -28,7 +28,7 @@ impl Extent {
         }
     }
 
-    /// Of no known rank.
+    /// Of sizes that nobody knows.
     pub(super) fn flat(count: u64) -> Self {
         Self {
             count,
@@ -36,28 +36,28 @@ impl Extent {
         }
     }
 
-    pub(super) fn with(mut self, numbers: Option<Vec<f64>>) -> Self {
+    pub(super) fn with(mut self, numbers: Option<Vec<i64>>) -> Self {
         self.numbers = numbers.filter(|numbers| numbers.len() as u64 == self.count);
         self
     }
 
     /// The same sizes, other numbers.
     pub(super) fn alike(&self) -> Self {
-        Self {
-            numbers: None,
-            ..self.clone()
-        }
+        self.dims.clone().map_or(Self::flat(self.count), Self::of)
     }
 
-    pub(super) fn rank(&self) -> usize {
-        self.dims.as_ref().map_or(0, Vec::len)
+    pub(super) fn dims(&self) -> Option<&[u64]> {
+        self.dims.as_deref()
     }
 
     /// Where an axis is, counted from the end if it is negative.
     pub(super) fn axis(&self, axis: i64) -> Option<usize> {
-        let rank = self.dims.as_ref()?.len() as i64;
-        let axis = if axis < 0 { axis + rank } else { axis };
-        (0..rank).contains(&axis).then_some(axis as usize)
+        onnx::axis(axis, self.dims()?.len())
+    }
+
+    /// Its size along an axis.
+    pub(super) fn size(&self, axis: i64) -> Option<u64> {
+        Some(self.dims()?[self.axis(axis)?])
     }
 
     /// The same with another size along an axis.
@@ -67,68 +67,56 @@ impl Extent {
         Some(Self::of(dims))
     }
 
-    pub(super) fn ints(&self) -> Option<Vec<i64>> {
-        Some(self.numbers.as_ref()?.iter().map(|&n| n as i64).collect())
+    /// Its numbers as sizes: those below zero wrap around where tract takes them.
+    pub(super) fn sizes(&self) -> Option<Vec<u64>> {
+        let numbers = self.numbers.as_ref()?.iter();
+        numbers.map(|&n| u64::try_from(n).ok()).collect()
     }
-}
 
-/// A number as it is in a type, if it is one that sizes are made of: larger ones may have wrapped around.
-pub(super) fn fitting(value: f64, of: Option<i32>) -> Option<f64> {
-    const SIZE_MAX: f64 = (1u64 << 31) as f64;
-    let of = of.and_then(|of| DataType::try_from(of).ok());
-    let (value, most) = match of {
-        Some(DataType::Bool) => (f64::from(u8::from(value != 0.0)), 1.0),
-        Some(DataType::Int8) => (value.trunc(), 127.0),
-        Some(DataType::Uint8) => (value.trunc(), 255.0),
-        Some(DataType::Int16 | DataType::Uint16) => (value.trunc(), 32767.0),
-        Some(DataType::Int32 | DataType::Int64 | DataType::Uint32 | DataType::Uint64) => {
-            (value.trunc(), SIZE_MAX)
+    /// Whether these can be added to it, number by number, without making it larger.
+    pub(super) fn takes(&self, other: &Self) -> bool {
+        match &self.dims {
+            None => other.count <= 1,
+            dims => broadcast(&[self, other]).dims == *dims,
         }
-        _ => (value, SIZE_MAX),
-    };
-    (value.abs() <= most).then_some(value)
+    }
 }
 
 /// The common size of several, axes counted from the end.
 pub(super) fn broadcast(all: &[&Extent]) -> Extent {
-    if let [only] = all {
-        return only.alike();
-    }
-    let rank = all.iter().map(|x| x.rank()).max().unwrap_or(0);
-    let mut made = vec![1u64; rank];
+    let pairs = || {
+        let counts = all.iter().map(|x| x.count.max(1));
+        Extent::flat(counts.fold(1, u64::saturating_mul))
+    };
+    let mut made: Vec<u64> = Vec::new();
     for x in all {
-        let Some(dims) = &x.dims else {
-            let counts = all.iter().map(|x| x.count.max(1));
-            return Extent::flat(counts.fold(1, u64::saturating_mul));
+        let Some(dims) = x.dims() else {
+            return pairs();
         };
+        let missing = dims.len().saturating_sub(made.len());
+        made.splice(0..0, vec![1; missing]);
         for (size, &n) in made.iter_mut().rev().zip(dims.iter().rev()) {
-            *size = if *size == 1 { n } else { n.max(*size) };
+            match (*size, n) {
+                (_, 1) => {}
+                (1, n) => *size = n,
+                (a, b) if a == b => {}
+                _ => return pairs(),
+            }
         }
     }
     Extent::of(made)
 }
 
-/// A value's numbers, one for each of those that they are broadcast to: where they are one, or as many.
-pub(super) fn spread(x: &Extent, to: &Extent) -> Option<Vec<f64>> {
-    let numbers = x.numbers.as_ref().filter(|_| to.count <= COMPUTED_MAX)?;
-    let count = to.count as usize;
-    match numbers.as_slice() {
-        [one] => Some(vec![*one; count]),
-        all if all.len() == count => Some(all.to_vec()),
-        _ => None,
-    }
-}
-
 /// Rows of the one by columns of the other.
-pub(super) fn matmul(a: &Extent, b: &Extent) -> Option<Extent> {
-    let (rows, columns) = (a.dims.as_ref()?, b.dims.as_ref()?);
-    let row = rows.len().checked_sub(2).map(|at| rows[at]);
-    let column = (columns.len() > 1)
-        .then(|| columns.last().copied())
-        .flatten();
-    let batch = |dims: &[u64]| Extent::of(dims[..dims.len().saturating_sub(2)].to_vec());
-    let shared = broadcast(&[&batch(rows), &batch(columns)]);
-    let mut dims = shared.dims?;
-    dims.extend(row.into_iter().chain(column));
-    Some(Extent::of(dims))
+pub(super) fn matmul(a: &Extent, b: &Extent) -> Extent {
+    let made = || {
+        let (rows, columns) = (a.dims()?, b.dims()?);
+        let row = rows.len().checked_sub(2).map(|at| rows[at]);
+        let column = columns.last().filter(|_| columns.len() > 1).copied();
+        let batch = |dims: &[u64]| Extent::of(dims[..dims.len().saturating_sub(2)].to_vec());
+        let mut dims = broadcast(&[&batch(rows), &batch(columns)]).dims?;
+        dims.extend(row.into_iter().chain(column));
+        Some(Extent::of(dims))
+    };
+    made().unwrap_or_else(|| Extent::flat(a.count.saturating_mul(b.count)))
 }
