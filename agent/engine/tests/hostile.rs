@@ -251,7 +251,7 @@ fn a_tensor_of_computed_sizes_is_not_made() {
     }
 }
 
-/// Nodes and stored numbers, a line each: `name = Op(a, b) attribute:1 attribute:[1,2]`, or `name = [1,2]`.
+/// Nodes and stored numbers, a line each: `name = Op(a, b) attribute:1 attribute:[1,2] attribute:text`, or `name = [1,2]`.
 fn add(model: &mut ModelProto, lines: &str) {
     let numbers = |text: &str| -> Vec<i64> {
         let all = text.trim_matches(['[', ']']).split(',');
@@ -277,13 +277,16 @@ fn add(model: &mut ModelProto, lines: &str) {
         node.output = name.split(", ").map(str::to_owned).collect();
         for attribute in attributes.split_whitespace() {
             let (name, value) = attribute.split_once(':').unwrap();
-            let is_list = value.starts_with('[');
-            node.attribute.push(AttributeProto {
+            let mut attribute = AttributeProto {
                 name: name.into(),
-                i: if is_list { 0 } else { value.parse().unwrap() },
-                ints: if is_list { numbers(value) } else { vec![] },
                 ..AttributeProto::default()
-            });
+            };
+            match value.parse() {
+                Ok(number) => attribute.i = number,
+                Err(_) if value.starts_with('[') => attribute.ints = numbers(value),
+                Err(_) => attribute.s = value.into(),
+            }
+            node.attribute.push(attribute);
         }
         nodes(model).push(node);
     }
@@ -322,6 +325,9 @@ fn what_could_pass_for_small_is_refused() {
         "a = ReduceSum(row, none) noop_with_empty_axes:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
         "a = ReduceSum(row) axes:[0] keepdims:0; n = Size(a); v = ConstantOfShape(n)",
         "v = Tile(square, ten)",
+        "v = Einsum(row, row) equation:ij,kl->ijkl",
+        "v = Einsum(square, square) equation:ij,kl->i",
+        "v = Einsum(row, standing) equation:ij,i->j",
         // All of it together, and again where a size is stored alone.
         "n = Shape(square); a = ConstantOfShape(n); b = Neg(a); c = Neg(b); d = Neg(c); e = Neg(d); v = Neg(e)",
         "a = Shape(square); n = Mul(a, a); v = ConstantOfShape(n)",
@@ -418,6 +424,7 @@ fn sizes_that_exports_compute_are_followed() {
         "m = ReduceMax(attention_mask) keepdims:0; n = Unsqueeze(m, zeros); v = ConstantOfShape(n)",
         "a = Expand(ones, sides); v = Unsqueeze(a, zeros)",
         "v = OneHot(ones, two, ones) axis:0",
+        "v = Einsum(ones, ones) equation:i,i->i",
     ];
     for case in cases {
         let graph = export.edited(|model| {

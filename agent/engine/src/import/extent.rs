@@ -263,6 +263,12 @@ impl<'a> Extents<'a> {
             "Attention" | "GroupQueryAttention" | "MultiHeadAttention" => {
                 made.get(1).and_then(|keys| keys.size(-2))
             }
+            "Einsum" => self.letters(node).map(|(sizes, output)| {
+                let gone = sizes
+                    .iter()
+                    .filter(|(letter, _)| !output.contains(**letter));
+                gone.fold(1, |all: u64, (_, &n)| all.saturating_mul(n))
+            }),
             _ => None,
         };
         summed.unwrap_or(1).max(1)

@@ -3,6 +3,7 @@
 use super::value::{Extent, matmul};
 use super::{Extents, flag};
 use crate::onnx::{int, ints};
+use std::collections::HashMap;
 use tract_onnx::pb::NodeProto;
 use tract_onnx::pb::tensor_proto::DataType;
 
@@ -15,6 +16,7 @@ impl Extents<'_> {
             op if ELEMENTWISE.contains(&op) => one(self.elementwise(node)?),
             op if KEPT.contains(&op) => self.kept(node),
             "Identity" => one(x(0)?.clone()),
+            "Einsum" => one(self.einsum(node)?),
             "Shape" => one(shape(node, x(0)?)),
             "Size" => one(size(x(0)?)),
             "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => one(self.reshaped(node)?),
@@ -39,13 +41,14 @@ impl Extents<'_> {
                 let axis = int(node, "axis").unwrap_or(0);
                 one(self.without(node, &[axis])?)
             }
-            "ReduceMax" | "ReduceMean" | "ReduceMin" | "ReduceProd" | "ReduceSum" => {
+            "ReduceL1" | "ReduceL2" | "ReduceLogSumExp" | "ReduceMax" | "ReduceMean"
+            | "ReduceMin" | "ReduceProd" | "ReduceSum" | "ReduceSumSquare" => {
                 one(self.reduced(node)?)
             }
             "Gather" => one(self.gather(node)?),
             "GatherBlockQuantized" => one(gather_packed(node, x(0)?, x(1)?)?),
             "GatherND" => one(gather_nd(node, x(0)?, x(1)?)?),
-            "ScatterElements" | "ScatterND" => one(x(0)?.alike()),
+            "CastLike" | "ScatterElements" | "ScatterND" => one(x(0)?.alike()),
             "GatherElements" => one(x(1)?.alike()),
             "NonZero" => {
                 let rank = x(0)?.dims()?.len().max(1) as u64;
@@ -95,6 +98,32 @@ impl Extents<'_> {
             }
         };
         Some((0..node.output.len()).map(sizes).collect())
+    }
+
+    /// The size of each letter of an `Einsum` of one or two inputs, the same wherever it stands, and its output's letters.
+    pub(super) fn letters(&self, node: &NodeProto) -> Option<(HashMap<char, u64>, String)> {
+        let equation = node.attribute.iter().find(|a| a.name == "equation")?;
+        let equation = String::from_utf8_lossy(&equation.s).replace(' ', "");
+        let (inputs, output) = equation.split_once("->")?;
+        let inputs: Vec<&str> = inputs.split(',').collect();
+        (inputs.len() == node.input.len() && inputs.len() <= 2).then_some(())?;
+        let mut sizes = HashMap::new();
+        for (index, letters) in inputs.into_iter().enumerate() {
+            let dims = self.input(node, index)?.dims()?;
+            (letters.len() == dims.len()).then_some(())?;
+            for (letter, &n) in letters.chars().zip(dims) {
+                let is_alike = *sizes.entry(letter).or_insert(n) == n;
+                (is_alike && letter.is_ascii_alphabetic()).then_some(())?;
+            }
+        }
+        Some((sizes, output.to_owned()))
+    }
+
+    /// One number for each choice of the letters behind the arrow.
+    fn einsum(&self, node: &NodeProto) -> Option<Extent> {
+        let (sizes, output) = self.letters(node)?;
+        let dims = output.chars().map(|letter| sizes.get(&letter).copied());
+        Some(Extent::of(dims.collect::<Option<_>>()?))
     }
 
     fn gather(&self, node: &NodeProto) -> Option<Extent> {
