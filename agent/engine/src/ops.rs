@@ -189,7 +189,7 @@ impl Eq for Project {}
 
 impl Project {
     fn parse(node: &NodeProto) -> Option<Self> {
-        Some(Self {
+        let project = Self {
             norm: index(node, "norm", 0).zip(float(node, "epsilon")),
             weights: ints(node, "weights").iter().map(|&v| v as usize).collect(),
             biases: ints(node, "biases")
@@ -201,7 +201,14 @@ impl Project {
             gated: index(node, "gated", 0)? == 1,
             head: index(node, "head", 0)? == 1,
             sampled: None,
-        })
+        };
+        let each = [
+            project.widths.len(),
+            project.biases.len(),
+            project.fine.len(),
+        ];
+        let is_whole = each == [project.weights.len(); 3] && !project.weights.is_empty();
+        is_whole.then_some(project)
     }
 }
 

@@ -320,6 +320,10 @@ fn what_could_pass_for_small_is_refused() {
         "a = Squeeze(input_ids); n = Shape(a); v = ConstantOfShape(n)",
         "a, k = TopK(ones, token); n = Shape(a); v = ConstantOfShape(n)",
         "a = Compress(ones, ones); n = Shape(a); v = ConstantOfShape(n)",
+        // What tract believes to be larger than it is, in a product with a constant.
+        "far = [274877906944]; at = [1]; a = Slice(input_ids, zeros, far, at); v = Mul(a, zero)",
+        // A size of zero, which a norm reduces away.
+        "vast = [1073741824,0]; a = ConstantOfShape(vast); v = LayerNormalization(a, a)",
         // Sizes that are larger than they seem.
         "a = ArgMax(square) axis:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
         "a = ReduceSum(row, none) noop_with_empty_axes:1 keepdims:0; n = Shape(a); m = Mul(n, n); v = ConstantOfShape(m)",
@@ -375,6 +379,8 @@ fn branches_make_what_either_may() {
         ),
         // One that passes for a value around it.
         ("one", "one", "v = Identity(a)", "logits a second time"),
+        // A branch has as many outputs as there are.
+        ("one", "one", "v = Identity(a)", "other outputs"),
     ];
     for (first, second, rest, expected) in cases {
         export.refused(
@@ -394,10 +400,13 @@ fn branches_make_what_either_may() {
                         r#type: AttributeType::Graph as i32,
                         g: Some(GraphProto {
                             node: vec![operator("Identity", &[value], made)],
-                            output: vec![ValueInfoProto {
-                                name: made.into(),
-                                ..ValueInfoProto::default()
-                            }],
+                            output: vec![
+                                ValueInfoProto {
+                                    name: made.into(),
+                                    ..ValueInfoProto::default()
+                                };
+                                if expected == "other outputs" { 2 } else { 1 }
+                            ],
                             ..GraphProto::default()
                         }),
                         ..AttributeProto::default()

@@ -285,7 +285,7 @@ impl Kernel {
             );
         }
         assert!(
-            jobs.iter().all(|job| a.suits(job)),
+            jobs.iter().all(|job| a.suits(job.weight.kind(), job.fine)),
             "the activations lack sums that a weight needs, or remainders"
         );
         assert_eq!(

@@ -32,8 +32,8 @@ pub(crate) struct Output<'a> {
 
 impl<'a> Output<'a> {
     /// # Safety
-    /// `y` points to `len` elements that stay mutably borrowed while this is used, and no tile is written by two
-    /// threads.
+    /// `y` points to `len` elements that stay mutably borrowed while this is used, and `residual` has as many; no tile is
+    /// written by two threads.
     pub(crate) unsafe fn new(
         y: *mut f32,
         len: usize,

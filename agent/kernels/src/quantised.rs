@@ -1,8 +1,7 @@
 //! A buffer of quantised activations, reused from step to step.
 //! Octets of tokens lie together, `[octet][block][token: 8]`, so that a register tile of tokens reads one stream.
 
-use crate::matmul::Job;
-use crate::packed::BLOCK;
+use crate::packed::{BLOCK, Kind};
 use crate::pool::Shareable;
 use std::marker::PhantomData;
 
@@ -90,14 +89,15 @@ impl Quantised {
         self.wanted.sums = keep;
     }
 
-    /// Whether what is quantised after the next [`resize`](Self::resize) is for a [`Job`](crate::Job) that is `fine`.
+    /// Whether what is quantised after the next [`resize`](Self::resize) is for a [`Job`](crate::Job) that is `fine`. The
+    /// `reference` kernel has no remainders and needs none.
     pub fn keep_remainders(&mut self, keep: bool) {
         self.wanted.remainders = keep;
     }
 
-    /// Whether it holds all that the job needs.
-    pub(crate) fn suits(&self, job: &Job) -> bool {
-        (self.held.sums || !job.weight.kind().needs_sums()) && (self.held.remainders || !job.fine)
+    /// Whether it holds all that a linear of this kind needs, fine or not.
+    pub(crate) fn suits(&self, kind: Kind, fine: bool) -> bool {
+        (self.held.sums || !kind.needs_sums()) && (self.held.remainders || !fine)
     }
 
     /// Makes it `[m, k]`. Allocates only to become larger than it ever was; what it holds afterwards is unspecified.

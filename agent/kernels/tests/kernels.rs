@@ -204,28 +204,36 @@ fn several_linears_in_one_dispatch() {
 #[test]
 fn a_fine_linear_adds_what_rounding_took() {
     let mut random = Random(8);
-    let (shape, pool) = (Shape::new(40, 96).unwrap(), Pool::new(3));
+    // Seven tiles: three at once, and one.
+    let (shape, pools) = (Shape::new(104, 96).unwrap(), [Pool::new(1), Pool::new(3)]);
     for kind in Kind::all() {
         let signed = weight(&mut random, kind, shape, false);
-        for m in [1, 2, 3, 4, 9, 20] {
+        for m in [1, 2, 3, 4, 5, 8, 9, 20] {
             let x = random.floats(m * 96, m == 9);
-            let bias = random.floats(40, false);
-            let residual = random.floats(m * 40, false);
-            for kernel in exact() {
+            let bias = random.floats(104, false);
+            let residual = random.floats(m * 104, false);
+            for (kernel, pool) in exact()
+                .into_iter()
+                .flat_map(|k| pools.iter().map(move |p| (k, p)))
+            {
                 let mut bytes = signed.clone();
                 repack(kind, &mut bytes, Layout::Signed, kernel.layout());
+                let weight = Packed::new(kind, shape, kernel.layout(), &bytes).unwrap();
                 let mut a = Quantised::new();
                 a.keep_remainders(true);
-                kernel.quantise_rows(Rows::Plain(&x), 96, &mut a, &pool);
-                let mut y = vec![f32::NAN; m * 40];
-                let mut job = [Job {
-                    weight: Packed::new(kind, shape, kernel.layout(), &bytes).unwrap(),
-                    y: &mut y,
-                    bias: Some(&bias),
-                    residual: Some(&residual),
-                    fine: true,
-                }];
-                kernel.matmuls(&mut job, &a, &pool);
+                kernel.quantise_rows(Rows::Plain(&x), 96, &mut a, pool);
+                let mut y = [(); 2].map(|()| vec![f32::NAN; m * 104]);
+                let mut jobs = Vec::new();
+                for (y, fine) in y.iter_mut().zip([false, true]) {
+                    jobs.push(Job {
+                        weight,
+                        y,
+                        bias: fine.then_some(&bias),
+                        residual: fine.then_some(&residual),
+                        fine,
+                    });
+                }
+                kernel.matmuls(&mut jobs, &a, pool);
                 let mut left = Vec::new();
                 for (at, x) in x.chunks(32).enumerate() {
                     let (q, scale, _) = a.block(at / 3, at % 3);
@@ -237,11 +245,13 @@ fn a_fine_linear_adds_what_rounding_took() {
                             .map(|pair| if is_zero { 0.0 } else { left_of(pair) }),
                     );
                 }
-                let first = matmul(scalar(), kind, shape, &signed, &x, &pool);
-                let second = matmul(scalar(), kind, shape, &signed, &left, &pool);
-                let of_both = |i: usize| first[i] + bias[i % 40] + residual[i] + second[i];
-                let want: Vec<f32> = (0..m * 40).map(of_both).collect();
-                assert_same(&y, &want, &format!("{} {kind:?} [{m}, 96]", kernel.name()));
+                let first = matmul(scalar(), kind, shape, &signed, &x, pool);
+                let second = matmul(scalar(), kind, shape, &signed, &left, pool);
+                let of_both = |i: usize| first[i] + bias[i % 104] + residual[i] + second[i];
+                let fine: Vec<f32> = (0..m * 104).map(of_both).collect();
+                let what = format!("{} {kind:?} [{m}, 96]", kernel.name());
+                assert_same(&y[0], &first, &what);
+                assert_same(&y[1], &fine, &what);
             }
         }
     }

@@ -4,7 +4,8 @@
 //!
 //! Sizes are followed for given numbers of tokens. They are exact or not known at all, and then there is but a bound
 //! on how many numbers there are. The few whole numbers that sizes are made of are computed on the way, from exact
-//! sizes alone. What asks for a size that can't be told is an error: nobody could bound it.
+//! sizes alone. What asks for a size that can't be told is an error: nobody could bound it. The numbers of tokens are
+//! samples: what planning makes hangs on none, but a run of others may make more.
 
 mod attention;
 mod cut;
@@ -18,7 +19,7 @@ use crate::onnx::{Graph, GraphError, elements, graphs, input, input_dims, input_
 use std::collections::{HashMap, HashSet};
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, NodeProto, TensorProto};
-use value::{COMPUTED_MAX, Extent};
+use value::Extent;
 
 /// Numbers that any graph may make of what is stored, or in one value when it runs.
 const NUMBERS_MIN: u64 = 1 << 22;
@@ -29,6 +30,8 @@ const NUMBERS_PER_BYTE: u64 = 8;
 const EFFORT_PER_NUMBER: u64 = 64;
 /// Numbers computed to find sizes, at most.
 const COMPUTED_ALL_MAX: usize = 1 << 20;
+/// Numbers stored together of which sizes may be made, at most.
+const STORED_MAX: u64 = 256;
 /// No tensor of a language model has more axes.
 const RANK_MAX: usize = 16;
 /// Inputs, and outputs, of one operator at most.
@@ -189,14 +192,15 @@ impl<'a> Extents<'a> {
         let of = |index: usize| self.input(node, index)?.of;
         let types = types::made(node, of);
         let made = self.made(node)?;
-        if let Some(large) = made.iter().find(|made| made.count > self.most) {
-            return Err(too_many("that makes", large.count));
+        let counts = made.iter().map(Extent::most);
+        if let Some(large) = counts.clone().find(|&count| count > self.most) {
+            return Err(too_many("that makes", large));
         }
-        let count = made
-            .iter()
-            .fold(0, |all: u64, made| all.saturating_add(made.count));
+        let count = counts.fold(0, u64::saturating_add);
         let effort = count.saturating_mul(self.summed(node, &made));
-        self.made = self.made.saturating_add(count);
+        if !VIEWS.contains(&node.op_type.as_str()) {
+            self.made = self.made.saturating_add(count);
+        }
         self.effort = self.effort.saturating_add(effort);
         if self.effort > self.effort_most {
             return Err(too_many("up to which are made or added up", self.effort));
@@ -212,11 +216,12 @@ impl<'a> Extents<'a> {
 
     /// Takes a value down, with its numbers if those are of a type that sizes have.
     fn know(&mut self, name: &str, mut extent: Extent) -> Result<(), String> {
-        if extent.count > self.most {
-            return Err(too_many("that holds", extent.count));
-        }
         if extent.dims().is_some_and(|dims| dims.len() > RANK_MAX) {
             return Err(format!("of more than {RANK_MAX} axes"));
+        }
+        let most = extent.most();
+        if most > self.most {
+            return Err(too_many("that holds", most));
         }
         let of = extent.of.and_then(|of| DataType::try_from(of).ok());
         let is_size = |numbers: &Vec<i64>| match of {
@@ -235,7 +240,7 @@ impl<'a> Extents<'a> {
     fn stored(&self, tensor: &TensorProto) -> Extent {
         let count = elements(tensor).map_or(u64::MAX, |n| n as u64);
         let dims = crate::onnx::dims(tensor);
-        let numbers = (count <= COMPUTED_MAX).then(|| self.graph.whole_numbers(tensor));
+        let numbers = (count <= STORED_MAX).then(|| self.graph.whole_numbers(tensor));
         Extent {
             of: Some(tensor.data_type),
             ..Extent::of(dims.iter().map(|&n| n as u64).collect()).with(numbers.flatten())
@@ -292,6 +297,9 @@ impl<'a> Extents<'a> {
         }
         let mut all: Vec<Vec<Extent>> = Vec::new();
         for graph in graphs(node) {
+            if graph.output.len() != node.output.len() {
+                return Err("whose branches have other outputs".into());
+            }
             all.push(self.branch(graph)?);
         }
         let output = |index: usize| {
@@ -323,7 +331,14 @@ impl<'a> Extents<'a> {
             }
         }
         self.follow(&graph.node, &graph.initializer)?;
-        let output = |name: &String| self.known.get(name).cloned();
+        // Without numbers: which branch it is, is not looked into.
+        let output = |name: &String| {
+            let made = self.known.get(name)?;
+            Some(Extent {
+                of: made.of,
+                ..made.alike()
+            })
+        };
         let made: Option<_> = graph.output.iter().map(|o| output(&o.name)).collect();
         for name in own {
             self.known.remove(name);
@@ -331,6 +346,9 @@ impl<'a> Extents<'a> {
         made.ok_or_else(|| "with an output that nothing makes".into())
     }
 }
+
+/// Operators that make no new numbers of a constant: tract has the old ones under other sizes.
+const VIEWS: [&str; 5] = ["Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"];
 
 fn too_many(what: &str, count: u64) -> String {
     format!("{what} {count} numbers: too many for the model's files")

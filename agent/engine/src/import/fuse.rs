@@ -2,7 +2,7 @@
 //! Changes how many operators there are, never what they compute.
 
 use super::{ATTEND, LINEAR};
-use crate::onnx::{Graph, float, int, ints, new_node, with_float, with_ints};
+use crate::onnx::{Graph, float, input, int, ints, new_node, with_float, with_ints};
 use crate::recipe::Recipe;
 use std::collections::HashSet;
 use tract_onnx::pb::NodeProto;
@@ -94,8 +94,8 @@ pub(super) fn fuse(graph: &mut Graph, recipe: &mut Recipe) {
 struct Project<'a> {
     input: Input<'a>,
     linears: Vec<&'a NodeProto>,
-    /// Those whose own error weighs most for what it would cost to halve it: the head, which sampled tokens alone
-    /// go through, and values, which are few and go straight into the sum of a layer.
+    /// Whether each takes the activations' remainders too. Where it matters most for what it costs: in the head, which
+    /// sampled tokens alone go through, and for values, which are few and go straight into the sum of a layer.
     fine: Vec<bool>,
     residual: Option<String>,
     outputs: Vec<String>,
@@ -199,7 +199,7 @@ impl<'a> Project<'a> {
 
 /// Whether a linear's output is logits or an attention's values.
 fn is_fine(graph: &Graph, output: &str) -> bool {
-    let are_values = |node: &NodeProto| node.op_type == ATTEND && node.input[2] == output;
+    let are_values = |node: &NodeProto| node.op_type == ATTEND && input(node, 2) == Some(output);
     output == "logits" || graph.consumers(output).any(are_values)
 }
 

@@ -86,9 +86,10 @@ impl Extents<'_> {
         let (whole, parts) = (data.size(axis)?, node.output.len() as u64);
         let sizes = match self.listed(node, 1, "split", 13).ok()? {
             Some(sizes) => sizes.iter().map(|&n| u64::try_from(n).ok()).collect(),
-            None => whole
-                .is_multiple_of(parts)
-                .then(|| vec![whole / parts; parts as usize]),
+            None => match whole.checked_rem(parts)? {
+                0 => Some(vec![whole / parts; parts as usize]),
+                _ => None,
+            },
         };
         let sizes: Vec<u64> = sizes.filter(|sizes: &Vec<u64>| sizes.len() as u64 == parts)?;
         let sum = sizes.iter().fold(0, |all: u64, &n| all.saturating_add(n));
@@ -96,16 +97,10 @@ impl Extents<'_> {
         sizes.iter().map(|&size| data.resized(axis, size)).collect()
     }
 
-    /// As much as it leaves; how much there is at most where that can't be told.
+    /// As much as it leaves, if that is told exactly: tract believes bounds beyond an open size, and what is broadcast
+    /// with the result is then made as large.
     pub(super) fn slice(&self, node: &NodeProto) -> Option<Extent> {
         let data = self.input(node, 0)?;
-        Some(
-            self.sliced(node, data)
-                .unwrap_or_else(|| Extent::flat(data.count)),
-        )
-    }
-
-    fn sliced(&self, node: &NodeProto, data: &Extent) -> Option<Extent> {
         let given = |i: usize, name: &str| self.listed(node, i, name, 10).ok();
         let (starts, ends) = (given(1, "starts")??, given(2, "ends")??);
         let rank = data.dims()?.len();

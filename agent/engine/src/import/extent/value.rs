@@ -28,6 +28,13 @@ impl Extent {
         }
     }
 
+    /// Numbers that tract may make of it on the way: a size of zero hides the others until it is reduced.
+    pub(super) fn most(&self) -> u64 {
+        let dims = self.dims.iter().flatten();
+        dims.fold(1, |all: u64, &n| all.saturating_mul(n.max(1)))
+            .max(self.count)
+    }
+
     /// Of sizes that nobody knows.
     pub(super) fn flat(count: u64) -> Self {
         Self {
