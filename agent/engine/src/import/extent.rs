@@ -196,8 +196,10 @@ impl<'a> Extents<'a> {
         if let Some(large) = counts.clone().find(|&count| count > self.most) {
             return Err(too_many("that makes", large));
         }
+        let first = made.first().map_or(0, Extent::most);
         let count = counts.fold(0, u64::saturating_add);
-        let effort = count.saturating_mul(self.summed(node, &made));
+        // What is made besides is only moved.
+        let effort = count.saturating_add(first.saturating_mul(self.summed(node, &made)));
         if !VIEWS.contains(&node.op_type.as_str()) {
             self.made = self.made.saturating_add(count);
         }
