@@ -3,8 +3,11 @@
 
 mod support;
 
+use indicatif::ProgressBar;
 use millwright_engine::{Card, Engine, Options, PlanChoice};
 use millwright_forge::export::PRESETS;
+use millwright_forge::llama::Shape;
+use millwright_forge::{Precision, like};
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,6 +43,35 @@ const INTEGERS: [&str; 9] = [
 ];
 /// What int8 activations, and int8 weights where the form's are floats, may cost.
 const DIVERGENCE_MAX: f64 = 0.006;
+
+#[test]
+fn a_long_context_in_a_small_file_is_no_reason_against_fusing() {
+    let shape = Shape {
+        layers: 2,
+        width: 64,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        mlp: 128,
+        vocab: 320,
+        context: 8192,
+        rope_base: 1e6,
+        epsilon: 1e-5,
+    };
+    for precision in [Precision::Int8, Precision::Q4] {
+        let folder = TempDir::new().unwrap();
+        let out = folder.path().join("out");
+        like::write(&out, "m", &shape, precision, &ProgressBar::hidden()).unwrap();
+        let engine = open(&folder, "scalar", PlanChoice::Auto);
+        let card = engine.card();
+        assert_eq!(
+            (card.plan, card.context_length),
+            ("flat", 8192),
+            "{:?}",
+            card.notes
+        );
+    }
+}
 
 fn goldens() -> Vec<Golden> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/forms");
