@@ -6,7 +6,7 @@ use crate::card::{self, Model, State};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, Parts};
-use crate::journal::Volatile;
+use crate::journal::Journal;
 use crate::probe::{Machine, Probe};
 use crate::worker::{self, Brain, Prepare};
 use anyhow::{Result, anyhow};
@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long a lost connection may come back before the plant is told.
 const WILL_DELAY: Duration = Duration::from_secs(10);
-/// What the stopped tasks and their final events get after the grace, and the goodbye after that.
+/// What the goodbye may take.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// A model that is ready to work.
@@ -35,10 +35,8 @@ pub struct Mind<B, P> {
 #[derive(Clone, Copy, PartialEq)]
 enum Phase {
     Serving,
-    /// New tasks are refused; those that run may finish until then.
+    /// New tasks are refused; those that run may finish until then, and go on at the next start otherwise.
     Draining(Instant),
-    /// All was stopped; the final events go out until then.
-    Leaving(Instant),
 }
 
 /// Serves until `shutdown` resolves and the drain is done. An error means that the agent can't go on and
@@ -59,7 +57,8 @@ where
         slots,
     } = mind;
     let config = Arc::new(config);
-    let clock = Clock::new(config.clock);
+    let (journal, past, mut written) = Journal::open(&config.model.state_dir)?;
+    let clock = Clock::new(config.clock, past.stamp.as_ref());
     let will = Will {
         topic: config.base.state(),
         payload: card::state(
@@ -85,7 +84,7 @@ where
     let mut agent = Dispatcher::new(Parts {
         slots: slots.clamp(1, RUNNING_TASKS_MAX),
         context: model.context_length.min(load.borrow().kv_tokens_max),
-        journal: Box::new(Volatile::default()),
+        journal,
         link: link.clone(),
         config: Arc::clone(&config),
         clock,
@@ -93,6 +92,7 @@ where
         preparer,
         commands,
     });
+    agent.resume(past);
     let mut poller = tokio::spawn(poller.run());
     tokio::pin!(shutdown);
 
@@ -100,24 +100,28 @@ where
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
-            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(&message)?,
+            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(&message),
             report = reports.recv() => match report {
-                Some(report) => agent.on_report(report)?,
+                Some(report) => agent.on_report(report),
                 None => break Err(anyhow!("the model's thread died; the log above says of what")),
+            },
+            news = written.recv() => match news {
+                Some(news) => agent.on_written(news),
+                None => break Err(anyhow!("the journal's thread died; the log above says of what")),
             },
             Some(machine) = health.recv() => { let load = *load.borrow(); agent.say_health(&machine, load); }
             _ = &mut poller => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
-            () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick()?,
+            () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick(),
             () = &mut shutdown, if phase == Phase::Serving => {
                 tracing::info!("draining for at most {:?}", config.drain_grace);
                 agent.drain();
                 phase = Phase::Draining(Instant::now() + config.drain_grace);
             }
-            () = until(phase) => if let Phase::Leaving(_) = phase { break Ok(()) } else { agent.stop_everything()?; phase = Phase::Leaving(Instant::now() + FAREWELL); },
+            () = until(phase) => break Ok(()),
         }
         agent.pump();
-        if phase != Phase::Serving && agent.is_idle() && agent.is_flushed() {
+        if phase != Phase::Serving && agent.is_done() {
             break Ok(());
         }
     };
@@ -127,12 +131,15 @@ where
     } else {
         (State::Degraded, "the model died")
     };
-    agent.set_state(last.0, last.1);
+    agent.drain();
+    agent.say_goodbye(last.0, last.1);
     let goodbye = async {
         while !agent.is_flushed() && link.is_online() {
             agent.pump();
-            if let Some(signal) = inbox.signals.recv().await {
-                agent.on_signal(signal);
+            tokio::select! {
+                Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
+                Some(news) = written.recv() => agent.on_written(news),
+                else => return,
             }
         }
     };
@@ -150,7 +157,7 @@ where
 async fn until(phase: Phase) {
     match phase {
         Phase::Serving => std::future::pending().await,
-        Phase::Draining(at) | Phase::Leaving(at) => sleep_until(at).await,
+        Phase::Draining(at) => sleep_until(at).await,
     }
 }
 

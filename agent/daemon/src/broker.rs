@@ -116,6 +116,23 @@ pub struct Message {
     _room: OwnedSemaphorePermit,
 }
 
+/// What acknowledges a message, once it may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Receipt {
+    generation: u64,
+    packet: u16,
+}
+
+impl Message {
+    /// `None` for one that wants no acknowledgement.
+    pub fn receipt(&self) -> Option<Receipt> {
+        (self.publish.qos != QoS::AtMostOnce).then_some(Receipt {
+            generation: self.generation,
+            packet: self.publish.pkid,
+        })
+    }
+}
+
 /// What comes from the connection.
 #[derive(Debug)]
 pub struct Inbox {

@@ -1,5 +1,6 @@
 //! The one place where time and chance are read. Everything below takes them as arguments.
 
+use crate::journal::Stamp;
 use millwright_task::Now;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
@@ -22,16 +23,35 @@ pub enum Trust {
 pub struct Clock {
     trust: Trust,
     boot_id: String,
+    /// The boot-time clock when this was made, and the gateway's own time then.
+    began: Duration,
+    own: Duration,
 }
 
 impl Clock {
-    pub fn new(trust: Trust) -> Self {
+    /// The gateway's own time begins, or goes on from where the journal was last written: by the boot-time clock in the
+    /// same boot, by the wall clock over a reboot. Where that was not to be believed, the time in between counts as none.
+    pub fn new(trust: Trust, last: Option<&Stamp>) -> Self {
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self {
+        let mut clock = Self {
             trust,
             boot_id: boot_id.trim().to_owned(),
+            began: boot_time(),
+            own: Duration::ZERO,
+        };
+        if let Some(last) = last {
+            let now = clock.stamp();
+            let passed = if last.boot_id == now.boot_id && !now.boot_id.is_empty() {
+                now.boot_ms.saturating_sub(last.boot_ms)
+            } else if last.synced && now.synced {
+                now.wall_ms.saturating_sub(last.wall_ms)
+            } else {
+                0
+            };
+            clock.own = Duration::from_millis(last.own_ms.saturating_add(passed));
         }
+        clock
     }
 
     /// Changes with every boot of the machine; empty where the kernel doesn't say.
@@ -40,12 +60,23 @@ impl Clock {
     }
 
     pub fn now(&self) -> Now {
-        let boot = clock_gettime(ClockId::Boottime);
         let wall = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Now {
-            boot: Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec as u32),
+            own: self.own + boot_time().saturating_sub(self.began),
             wall_ms: wall.as_millis() as u64,
             synced: self.synced(wall),
+        }
+    }
+
+    /// The moment by all clocks, for the journal.
+    pub fn stamp(&self) -> Stamp {
+        let now = self.now();
+        Stamp {
+            boot_id: self.boot_id.clone(),
+            boot_ms: boot_time().as_millis() as u64,
+            own_ms: now.own.as_millis() as u64,
+            wall_ms: now.wall_ms,
+            synced: now.synced,
         }
     }
 
@@ -64,6 +95,12 @@ impl Clock {
     }
 }
 
+/// Time since the machine booted, suspend included.
+fn boot_time() -> Duration {
+    let boot = clock_gettime(ClockId::Boottime);
+    Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec as u32)
+}
+
 /// 64 random bits from the kernel.
 pub fn random() -> u64 {
     let mut bytes = [0u8; 8];
@@ -80,10 +117,46 @@ mod tests {
 
     #[test]
     fn clocks_move_and_trust_is_obeyed() {
-        let clock = Clock::new(Trust::Unsynced);
+        let clock = Clock::new(Trust::Unsynced, None);
         let (a, b) = (clock.now(), clock.now());
-        assert!(b.boot >= a.boot && a.wall_ms > 1_700_000_000_000 && !a.synced);
-        assert!(Clock::new(Trust::Synced).now().synced);
+        assert!(b.own >= a.own && a.wall_ms > 1_700_000_000_000 && !a.synced);
+        assert!(Clock::new(Trust::Synced, None).now().synced);
         assert_ne!(random(), random());
+    }
+
+    #[test]
+    fn own_time_goes_on_over_restarts_and_reboots() {
+        let hour = 3_600_000;
+        let here = Clock::new(Trust::Synced, None).stamp();
+        let at = |boot_id: &str, boot_ms, wall_ms, synced| Stamp {
+            boot_id: boot_id.into(),
+            boot_ms,
+            own_ms: 100 * hour,
+            wall_ms,
+            synced,
+        };
+        let (same, boot, wall) = (here.boot_id.as_str(), here.boot_ms, here.wall_ms);
+        let cases = [
+            // The process was away for an hour, whatever the wall clock says.
+            (
+                at(same, boot.saturating_sub(hour), 0, false),
+                boot.min(hour),
+            ),
+            (at(same, boot, wall + 5 * hour, true), 0),
+            // The machine was off for an hour, if both its clocks can be believed.
+            (at("other", 7 * hour, wall - hour, true), hour),
+            (at("other", 7 * hour, wall - hour, false), 0),
+            // A wall clock that went backwards.
+            (at("other", 7 * hour, wall + hour, true), 0),
+        ];
+        for (last, passed) in cases {
+            let own = Clock::new(Trust::Synced, Some(&last)).now().own.as_millis() as u64;
+            let expected = 100 * hour + passed;
+            let about = expected..expected + 60_000;
+            assert!(about.contains(&own), "{last:?}: {own} is not {expected}");
+        }
+        let last = at("other", 0, wall - hour, true);
+        let own = Clock::new(Trust::Unsynced, Some(&last)).now().own;
+        assert!(own < Duration::from_millis(101 * hour));
     }
 }

@@ -1,26 +1,28 @@
 //! What to do with each message, report and signal: admission decides, the journal keeps, the outbox sends.
-//! Waits for nothing: every call returns at once, and [`Dispatcher::pump`] moves on what can move.
+//! Waits for nothing: every call returns at once, and [`Dispatcher::pump`] moves on what can move. What is noted in the
+//! journal is on disk before anybody sees it: events and acknowledgements wait for that.
 
 mod sayings;
 
-use crate::broker::{Link, Message, Outgoing, Signal};
+use crate::broker::{Link, Message, Outgoing, Receipt, Signal};
 use crate::card::{Model, State};
 use crate::clock::{Clock, random};
 use crate::config::Config;
+use crate::crash;
 use crate::intake::{self, Wish};
-use crate::journal::{Journal, Record};
+use crate::journal::{Change, Journal, Mark, Past, Written};
 use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
-use anyhow::Result;
 use millwright_engine::{Completion, Finish};
 use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
-use millwright_task::limits::{ANSWER_BYTES_MAX, SEED_MAX};
-use millwright_task::recall::Window;
-use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
-use rumqttc::v5::mqttbytes::QoS;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use millwright_task::limits::{ANSWER_BYTES_MAX, INBOX_MESSAGES_MAX, SEED_MAX};
+use millwright_task::recall::{Gone, Window};
+use millwright_task::wire::{
+    self, Bounds, Code, Decoder, Provenance, Refusal, Refused, Reply, Usage,
+};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -35,7 +37,7 @@ pub struct Parts<P: Prepare> {
     pub slots: usize,
     /// Tokens that one task may take.
     pub context: usize,
-    pub journal: Box<dyn Journal>,
+    pub journal: Journal,
     pub link: Link,
     pub commands: mpsc::Sender<Command<P::Work>>,
 }
@@ -46,6 +48,11 @@ pub struct Dispatcher<P: Prepare> {
     decoder: Decoder,
     admission: Admission<(P::Work, u64)>,
     outbox: Outbox,
+    /// Acknowledgements that wait for the journal, in order of arrival.
+    owed: VecDeque<(Mark, Receipt)>,
+    /// Why the journal can't be written, while it can't.
+    trouble: Option<String>,
+    is_draining: bool,
     tally: Tally,
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
@@ -90,6 +97,9 @@ impl<P: Prepare> Dispatcher<P> {
             decoder,
             admission,
             outbox: Outbox::default(),
+            owed: VecDeque::new(),
+            trouble: None,
+            is_draining: false,
             tally: Tally::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
@@ -100,31 +110,63 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
+    /// Takes up what the journal held: answers that were not delivered, tasks that had not ended.
+    pub fn resume(&mut self, past: Past) {
+        let now = self.parts.clock.now();
+        self.admission.count_from(past.last);
+        for (key, recalled) in past.finals {
+            self.admission.recall(now, key, recalled);
+        }
+        for (at, key) in past.cancels {
+            self.admission.recall_cancel(at, key);
+        }
+        let (answers, tasks) = (past.unsent.len(), past.open.len());
+        if answers + tasks > 0 {
+            tracing::info!(answers, tasks, "taken up from the journal");
+        }
+        for post in past.unsent {
+            self.send(post);
+        }
+        for (kept, seed) in past.open {
+            crash::point("during-replay");
+            let ticket = kept.ticket;
+            let (preparer, context) = (&self.parts.preparer, self.parts.context);
+            let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
+            match self.admission.resume(now, kept, prepared) {
+                Ok(post) => {
+                    self.tally.accepted(now.own, ticket);
+                    self.send(post);
+                }
+                Err(post) => self.conclude(None, post),
+            }
+        }
+    }
+
     /// Whether another message may be taken in.
     pub fn has_room(&self) -> bool {
-        self.outbox.has_room()
+        self.outbox.has_room() && self.owed.len() < INBOX_MESSAGES_MAX
     }
 
-    /// Whether no task waits or runs.
-    pub fn is_idle(&self) -> bool {
-        self.admission.is_idle()
+    /// Whether nothing is left to be done before the agent may leave. What waits goes on at the next start.
+    pub fn is_done(&self) -> bool {
+        self.admission.running() == 0 && self.is_flushed()
     }
 
-    /// Whether everything said has been acknowledged.
+    /// Whether everything said has been acknowledged, and all that was noted is on disk.
     pub fn is_flushed(&self) -> bool {
-        self.outbox.is_empty()
+        self.outbox.is_empty() && self.parts.journal.is_settled()
     }
 
     /// The time until [`Self::tick`] has something to do.
     pub fn patience(&self) -> Duration {
-        let now = self.parts.clock.now().boot;
+        let now = self.parts.clock.now().own;
         self.admission
             .next_deadline()
             .map_or(Duration::MAX, |at| at.saturating_sub(now))
     }
 
     pub fn on_signal(&mut self, signal: Signal) {
-        let now = self.parts.clock.now().boot;
+        let now = self.parts.clock.now().own;
         match signal {
             Signal::Online => {
                 self.connections += 1;
@@ -164,7 +206,12 @@ impl<P: Prepare> Dispatcher<P> {
                     tracing::warn!("{reason}");
                 }
             }
-            Signal::Delivered(token) => self.outbox.delivered(token),
+            Signal::Delivered(token) => {
+                crash::point("before-delivered");
+                if let Some(ticket) = self.outbox.delivered(token) {
+                    self.note(Change::Delivered(ticket));
+                }
+            }
             Signal::Refused(token, why) => {
                 if let Some(lost) = self.outbox.refused(now, token, why) {
                     self.last_word(lost);
@@ -173,16 +220,17 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    /// Decides on a message, keeps the decision, and only then acknowledges it.
-    pub fn on_message(&mut self, message: &Message) -> Result<()> {
-        if message.publish.qos != QoS::AtMostOnce && !self.parts.link.is_on(message.generation) {
+    /// Decides on a message and notes the decision. It is acknowledged, and the decision said, when that is on disk.
+    pub fn on_message(&mut self, message: &Message) {
+        let receipt = message.receipt();
+        if receipt.is_some_and(|receipt| !self.parts.link.is_on(receipt)) {
             // Its connection is gone: the broker delivers it again, and it is decided then, once.
-            return Ok(());
+            return;
         }
         let now = self.parts.clock.now();
         match intake::read(&self.decoder, now, &message.publish) {
-            Wish::Task(task) => self.on_task(task, &message.publish.payload)?,
-            Wish::Cancel(cancel, reply) => self.on_cancel(&cancel.key, &reply)?,
+            Wish::Task(task) => self.on_task(task),
+            Wish::Cancel(cancel, reply) => self.on_cancel(&cancel.key, &reply),
             Wish::Refused(refused) => {
                 let code = refused.refusal.code;
                 self.tally.refused(code);
@@ -193,79 +241,113 @@ impl<P: Prepare> Dispatcher<P> {
                     "refused"
                 );
                 let post = self.admission.refuse(now, *refused);
-                self.parts.journal.commit(&[Record::Refused {
-                    key: &post.key,
-                    code,
-                }])?;
-                self.send(post);
+                self.say(post);
             }
             Wish::Nothing(why) => tracing::warn!("a message can't be answered: {why}"),
         }
-        self.parts.link.ack(message.generation, &message.publish);
-        Ok(())
+        let owed = receipt.map(|receipt| (self.parts.journal.mark(), receipt));
+        self.owed.extend(owed);
     }
 
-    fn on_task(&mut self, task: wire::Task, payload: &[u8]) -> Result<()> {
+    fn on_task(&mut self, task: wire::Task) {
         let now = self.parts.clock.now();
+        if let Some(trouble) = &self.trouble {
+            // It could not be kept. What is said of that can't be either, and is said at once.
+            let reason =
+                format!("the gateway can't write its journal ({trouble}): try again later");
+            let refused = Refused {
+                key: task.key,
+                reply: task.reply,
+                refusal: Refusal::new(Code::Internal, reason),
+            };
+            let post = self.admission.refuse(now, refused);
+            self.tally.refused(Code::Internal);
+            let _ = self.parts.link.publish(None, &outgoing(post));
+            return;
+        }
         let seed = task.sampling.seed.unwrap_or_else(|| random() & SEED_MAX);
         let (preparer, context) = (&self.parts.preparer, self.parts.context);
-        let (decision, post) = self.admission.offer(now, task, |task| {
-            let work = preparer
-                .prepare(intake::request(task, seed))
-                .map_err(|e| intake::refusal(&e))?;
-            if work.tokens_max() > context {
-                return Err(Refusal::context_overflow(
-                    work.tokens_max() as u64,
-                    context as u64,
-                ));
-            }
-            Ok((work, seed))
-        });
+        let offered = task.clone();
+        let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
+        let (decision, post) = self.admission.offer(now, offered, prepared);
         let key = &post.key;
         tracing::info!(sender = key.sender, task = key.task, "{decision:?}");
         match decision {
             Decision::Accepted(ticket) => {
-                self.tally.accepted(now.boot, ticket);
-                self.parts.journal.commit(&[Record::Accepted {
-                    ticket,
-                    key,
-                    payload,
-                    seed,
-                }])?;
+                self.tally.accepted(now.own, ticket);
+                // As admission has it: its priority may be capped.
+                let task = self
+                    .admission
+                    .job(ticket)
+                    .map_or(task, |job| job.task.clone());
+                let task = Box::new(task);
+                self.note(Change::Accepted { ticket, task, seed });
+                self.send(post);
             }
             Decision::Refused(code) => {
                 self.tally.refused(code);
-                self.parts
-                    .journal
-                    .commit(&[Record::Refused { key, code }])?;
+                self.say(post);
             }
             Decision::Ended(event) => {
                 self.tally.ended(event);
-                self.parts.journal.commit(&[Record::Final {
-                    key,
-                    event,
-                    bytes: &post.bytes,
-                }])?;
+                self.note(Change::CancelGone(post.key.clone()));
+                self.say(post);
             }
-            Decision::Repeated | Decision::Recalled => {}
+            Decision::Repeated { moved } => {
+                if moved {
+                    let (ticket, reply) = (post.ticket, post.reply.clone());
+                    self.note(Change::Moved { ticket, reply });
+                }
+                self.send(post);
+            }
+            Decision::Recalled => self.send(post),
         }
-        self.send(post);
-        Ok(())
     }
 
-    fn on_cancel(&mut self, key: &wire::Key, reply: &Reply) -> Result<()> {
-        match self.admission.cancel(self.parts.clock.now(), key, reply) {
+    fn on_cancel(&mut self, key: &wire::Key, reply: &Reply) {
+        let now = self.parts.clock.now();
+        match self.admission.cancel(now, key, reply) {
             Cancelled::Waiting(post) => {
-                self.conclude(None, post)?;
+                self.conclude(None, post);
                 self.tally.keep(|ticket| self.admission.holds(ticket));
             }
-            Cancelled::Running(ticket) => self.stop(ticket),
-            Cancelled::Nothing(post) => self.send(post),
+            Cancelled::Running(ticket) => {
+                self.note(Change::Cancelled(ticket));
+                self.stop(ticket);
+            }
+            Cancelled::Unknown(post) => {
+                let (key, at) = (post.key.clone(), now.own);
+                self.note(Change::CancelKept { key, at });
+                self.say(post);
+            }
+            Cancelled::AlreadyFinal(post) => self.say(post),
         }
-        Ok(())
     }
 
-    pub fn on_report(&mut self, report: Report) -> Result<()> {
+    /// The journal's thread wrote, or could not.
+    pub fn on_written(&mut self, written: Written) {
+        match written {
+            Written::Kept(mark) => {
+                self.parts.journal.keep(mark);
+                if self.trouble.take().is_some() {
+                    tracing::info!("the journal can be written again");
+                    if self.state.0 == State::Degraded {
+                        self.set_state(State::Online, "");
+                    }
+                }
+            }
+            Written::Trouble(why) => {
+                if self.trouble.as_ref() != Some(&why) {
+                    tracing::error!("the journal can't be written, and is tried again: {why}");
+                    let reason = format!("the journal can't be written: {why}");
+                    self.trouble = Some(why);
+                    self.set_state(State::Degraded, &reason);
+                }
+            }
+        }
+    }
+
+    pub fn on_report(&mut self, report: Report) {
         let now = self.parts.clock.now();
         match report {
             Report::Started(ticket) => {
@@ -274,17 +356,17 @@ impl<P: Prepare> Dispatcher<P> {
                 }
             }
             Report::Text(ticket, text) => {
-                self.tally.text(now.boot, ticket);
+                self.tally.text(now.own, ticket);
                 self.texts.entry(ticket).or_default().push_str(&text);
             }
             Report::Done(ticket, completion) => {
                 self.flush_texts();
                 let outcome = self.outcome(ticket, completion);
-                self.finish(ticket, outcome)?;
+                self.finish(ticket, outcome);
             }
             Report::Stopped(ticket, completion) => {
                 let product = completion.map(product).unwrap_or_default();
-                self.finish(ticket, Outcome::Stopped(product))?;
+                self.finish(ticket, Outcome::Stopped(product));
             }
             Report::Failed(ticket, reason) => {
                 tracing::error!("the model failed: {reason}");
@@ -292,10 +374,9 @@ impl<P: Prepare> Dispatcher<P> {
                     Code::Internal,
                     format!("the model failed: {}", wire::echo(&reason)),
                 );
-                self.finish(ticket, Outcome::Failed(refusal))?;
+                self.finish(ticket, Outcome::Failed(refusal));
             }
         }
-        Ok(())
     }
 
     fn outcome(&mut self, ticket: Ticket, completion: Completion) -> Outcome {
@@ -325,68 +406,62 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    fn finish(&mut self, ticket: Ticket, outcome: Outcome) -> Result<()> {
+    fn finish(&mut self, ticket: Ticket, outcome: Outcome) {
         self.texts.remove(&ticket);
         self.seeds.remove(&ticket);
         self.stopping.remove(&ticket);
-        match self
-            .admission
-            .finish(self.parts.clock.now(), ticket, outcome)
-        {
-            Some(post) => self.conclude(Some(ticket), post),
-            None => Ok(()),
+        let now = self.parts.clock.now();
+        if let Some(post) = self.admission.finish(now, ticket, outcome) {
+            self.conclude(Some(ticket), post);
         }
     }
 
-    /// Keeps and sends a final event.
-    fn conclude(&mut self, ticket: Option<Ticket>, post: Post) -> Result<()> {
+    /// Keeps and sends the final event of an accepted task; `ran` if it was with the model.
+    fn conclude(&mut self, ran: Option<Ticket>, post: Post) {
         let (key, event) = (&post.key, post.event);
         tracing::info!(sender = key.sender, task = key.task, "{event}");
-        match ticket {
-            Some(ticket) => self
-                .tally
-                .finished(self.parts.clock.now().boot, ticket, event),
+        match ran {
+            Some(ticket) => {
+                let now = self.parts.clock.now().own;
+                self.tally.finished(now, ticket, event);
+            }
             None => self.tally.ended(event),
         }
-        self.parts.journal.commit(&[Record::Final {
-            key,
-            event,
-            bytes: &post.bytes,
-        }])?;
-        self.send(post);
-        Ok(())
+        self.note(Change::Ended(post.ticket));
+        self.say(post);
     }
 
     /// Deadlines.
-    pub fn tick(&mut self) -> Result<()> {
-        let due = self.admission.tick(self.parts.clock.now());
-        self.settle(due)
+    pub fn tick(&mut self) {
+        let Due { posts, stop } = self.admission.tick(self.parts.clock.now());
+        for ticket in stop {
+            self.stop(ticket);
+        }
+        if !posts.is_empty() {
+            for post in posts {
+                self.conclude(None, post);
+            }
+            self.tally.keep(|ticket| self.admission.holds(ticket));
+        }
     }
 
-    /// New tasks are refused from now on.
+    /// New tasks are refused from now on, and none is begun.
     pub fn drain(&mut self) {
         let reason = "this gateway is shutting down: send the task again when it is online";
         self.admission
             .close(Refusal::new(Code::Draining, reason.into()));
+        self.is_draining = true;
         self.set_state(State::Draining, "shutting down");
     }
 
-    /// The grace is over: what waits ends, what runs is stopped.
-    pub fn stop_everything(&mut self) -> Result<()> {
-        let due = self.admission.stop_everything(self.parts.clock.now());
-        self.settle(due)
-    }
-
-    fn settle(&mut self, due: Due) -> Result<()> {
-        due.stop.into_iter().for_each(|ticket| self.stop(ticket));
-        if due.posts.is_empty() {
-            return Ok(());
-        }
-        due.posts
-            .into_iter()
-            .try_for_each(|post| self.conclude(None, post))?;
-        self.tally.keep(|ticket| self.admission.holds(ticket));
-        Ok(())
+    /// The last state. What has not ended goes on at the next start.
+    pub fn say_goodbye(&mut self, state: State, reason: &str) {
+        let left = self.admission.waiting() + self.admission.running();
+        let rest = match left {
+            0 => String::new(),
+            left => format!("; {left} tasks go on when it is started again"),
+        };
+        self.set_state(state, &format!("{reason}{rest}"));
     }
 
     fn stop(&mut self, ticket: Ticket) {
@@ -396,19 +471,39 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    /// Moves on what can move: tasks to the model, events and text to the broker.
+    /// Moves on what can move: tasks to the model, what was noted to the disk, and what is there to the broker.
     pub fn pump(&mut self) {
         let now = self.parts.clock.now();
         while self.outbox.has_room()
+            && !self.is_draining
             && let Some((ticket, (work, seed))) = self.admission.next(now)
         {
             self.seeds.insert(ticket, seed);
+            self.note(Change::Begun(ticket));
             let _ = self.parts.commands.try_send(Command::Start(ticket, work));
         }
-        for lost in self.outbox.pump(now.boot, &self.parts.link) {
+        for gone in self.admission.take_gone() {
+            self.note(match gone {
+                Gone::Text(ticket) => Change::Stripped(ticket),
+                Gone::Final(ticket) => Change::Forgotten(ticket),
+                Gone::Cancel(key) => Change::CancelGone(key),
+            });
+        }
+        let kept = self.parts.journal.kept();
+        while let Some(&(mark, receipt)) = self.owed.front()
+            && mark <= kept
+        {
+            crash::point("before-ack");
+            self.parts.link.ack(receipt);
+            crash::point("after-ack");
+            self.owed.pop_front();
+        }
+        for lost in self.outbox.pump(now.own, kept, &self.parts.link) {
             self.last_word(lost);
         }
         self.flush_texts();
+        let clock = &self.parts.clock;
+        self.parts.journal.flush(|| clock.stamp(), self.is_draining);
     }
 
     /// Sends the text that has come together, where the link is fluent; where it isn't, text goes on growing.
@@ -433,13 +528,54 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
+    fn note(&mut self, change: Change) {
+        self.parts.journal.note(change);
+    }
+
+    /// Keeps what is said until it is delivered, and sends it.
+    fn say(&mut self, post: Post) {
+        let at = self.parts.clock.now().own;
+        self.note(Change::Said {
+            post: post.clone(),
+            at,
+        });
+        self.send(Post {
+            class: Class::Final,
+            ..post
+        });
+    }
+
+    /// Sends an event once all that was noted is on disk.
     fn send(&mut self, post: Post) {
         let purpose = match post.class {
-            Class::Final => Purpose::Final(post.key.clone()),
+            Class::Final => Purpose::Answer {
+                key: post.key.clone(),
+                ticket: post.ticket,
+            },
             Class::Progress | Class::Delta => Purpose::Progress,
         };
-        self.outbox.push(purpose, outgoing(post));
+        let after = self.parts.journal.mark();
+        self.outbox.push(purpose, outgoing(post), after);
     }
+}
+
+/// What the model needs to run a task, or why it can't.
+fn prepare<P: Prepare>(
+    preparer: &P,
+    context: usize,
+    task: &wire::Task,
+    seed: u64,
+) -> Result<(P::Work, u64), Refusal> {
+    let work = preparer
+        .prepare(intake::request(task, seed))
+        .map_err(|e| intake::refusal(&e))?;
+    if work.tokens_max() > context {
+        return Err(Refusal::context_overflow(
+            work.tokens_max() as u64,
+            context as u64,
+        ));
+    }
+    Ok((work, seed))
 }
 
 fn product(completion: Completion) -> Product {

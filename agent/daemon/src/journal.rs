@@ -1,60 +1,286 @@
-//! What must outlive the process before a message is acknowledged. The seam is here; the implementation below
-//! keeps nothing on disk: what it would hold is in the admission and the outbox, bounded there, and a crash
-//! loses it. The durable journal takes its place behind the same trait.
+//! What must outlive the process. Changes are noted as they happen and written together; what must not be seen before
+//! they are on disk (an acknowledgement, an event) waits for their mark. Never judges a task, and never waits: a
+//! thread of its own writes.
+//!
+//! An error of the disk keeps the batch and tries again, until it is written or the process ends: nothing that hangs on
+//! it is seen meanwhile. A file that is damaged, foreign or of a later version is set aside and a new one begun.
 
-use anyhow::Result;
-use millwright_task::job::Ticket;
-use millwright_task::wire::{Code, Key};
+mod record;
+mod store;
 
-/// One fact about a task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Record<'a> {
-    /// It will be run; `payload` is the message as it came.
+pub use record::Stamp;
+
+use crate::crash;
+use anyhow::{Context, Result, bail};
+use millwright_task::admission::Kept;
+use millwright_task::job::{Post, Ticket};
+use millwright_task::recall::Recalled;
+use millwright_task::wire::{Key, Reply, Task};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::{JoinHandle, sleep};
+use std::time::{Duration, Instant};
+use store::{OpenError, Store};
+use tokio::sync::mpsc;
+
+const FILE: &str = "journal.redb";
+/// Writes follow each other no faster: flash has so many in it.
+const PACE: Duration = Duration::from_millis(5);
+/// Changes that nothing waits for are written with others, or after this long.
+const LEISURE: Duration = Duration::from_secs(5);
+/// Between attempts after an error of the disk.
+const RETRY: Duration = Duration::from_millis(500);
+/// Damaged files that are kept.
+const ASIDE_MAX: usize = 8;
+
+/// One change of what is known of tasks.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// It will be run, with this seed.
     Accepted {
         ticket: Ticket,
-        key: &'a Key,
-        payload: &'a [u8],
+        task: Box<Task>,
         seed: u64,
     },
-    Refused {
-        key: &'a Key,
-        code: Code,
+    /// Its sender wants the answer elsewhere now.
+    Moved {
+        ticket: Ticket,
+        reply: Reply,
     },
-    /// Its outcome, and the final event byte for byte.
-    Final {
-        key: &'a Key,
-        event: &'static str,
-        bytes: &'a [u8],
+    /// The model began with it.
+    Begun(Ticket),
+    /// It runs, and its sender cancelled it.
+    Cancelled(Ticket),
+    /// It reached its end; what it said last is noted beside.
+    Ended(Ticket),
+    /// Said once and to be delivered, or remembered, or both.
+    Said {
+        post: Post,
+        at: Duration,
     },
+    /// The broker has it, or nobody ever will.
+    Delivered(Ticket),
+    /// The dedup window's bounds took its text, or all of it.
+    Stripped(Ticket),
+    Forgotten(Ticket),
+    /// A cancel that came before its task; it is used up, or too old.
+    CancelKept {
+        key: Key,
+        at: Duration,
+    },
+    CancelGone(Key),
 }
 
-/// Keeps records. When `commit` returns, they are kept.
-pub trait Journal: Send {
-    /// Keeps all of `records` or none.
-    fn commit(&mut self, records: &[Record<'_>]) -> Result<()>;
-    /// Tasks accepted and not final.
-    fn open(&self) -> usize;
+impl Change {
+    /// Whether nothing waits for it. Lost, it costs a repetition.
+    fn is_leisurely(&self) -> bool {
+        matches!(
+            self,
+            Self::Begun(_) | Self::Delivered(_) | Self::Stripped(_) | Self::Forgotten(_)
+        )
+    }
 }
 
-/// Keeps records for as long as the process lives.
+/// What the journal held when it was opened.
 #[derive(Debug, Default)]
-pub struct Volatile {
-    open: usize,
+pub struct Past {
+    /// Accepted and not final, by ticket, with their seeds.
+    pub open: Vec<(Kept, u64)>,
+    /// Remembered final events, the oldest first.
+    pub finals: Vec<(Key, Recalled)>,
+    /// Not delivered, in the order in which it was said.
+    pub unsent: Vec<Post>,
+    /// Cancels without a task, the oldest first.
+    pub cancels: Vec<(Duration, Key)>,
+    /// The last ticket that was given.
+    pub last: Ticket,
+    /// When it was last written.
+    pub stamp: Option<Stamp>,
 }
 
-impl Journal for Volatile {
-    fn commit(&mut self, records: &[Record<'_>]) -> Result<()> {
-        for record in records {
-            match record {
-                Record::Accepted { .. } => self.open += 1,
-                Record::Final { .. } => self.open = self.open.saturating_sub(1),
-                Record::Refused { .. } => {}
+/// A place in the journal: what is noted before it is on disk, once [`Journal::kept`] has passed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Mark(u64);
+
+impl Mark {
+    #[cfg(test)]
+    pub(crate) fn of(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+/// What the writing thread tells.
+#[derive(Debug)]
+pub enum Written {
+    /// All up to the mark is on disk.
+    Kept(Mark),
+    /// The disk refuses; it is tried again.
+    Trouble(String),
+}
+
+struct Batch {
+    mark: Mark,
+    changes: Vec<Change>,
+    stamp: Stamp,
+}
+
+/// The noting end.
+pub struct Journal {
+    changes: Vec<Change>,
+    /// When the oldest of `changes` was noted.
+    since: Option<Instant>,
+    is_urgent: bool,
+    /// The batch that `changes` become, and the last one that is on disk.
+    next: Mark,
+    kept: Mark,
+    /// The last one handed over for which somebody may wait.
+    handed: Mark,
+    batches: Option<mpsc::Sender<Batch>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Journal {
+    /// Opens the journal of a state directory, or begins one, and starts its thread.
+    pub fn open(state_dir: &Path) -> Result<(Self, Past, mpsc::Receiver<Written>)> {
+        fs::create_dir_all(state_dir)
+            .with_context(|| format!("the folder {} can't be made", state_dir.display()))?;
+        let (store, past) = open(&state_dir.join(FILE))?;
+        let (batches, batches_rx) = mpsc::channel(1);
+        let (written, written_rx) = mpsc::channel(4);
+        let thread = std::thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || keep(store, batches_rx, &written))
+            .context("the journal's thread can't be started")?;
+        let journal = Self {
+            changes: Vec::new(),
+            since: None,
+            is_urgent: false,
+            next: Mark(1),
+            kept: Mark(0),
+            handed: Mark(0),
+            batches: Some(batches),
+            thread: Some(thread),
+        };
+        Ok((journal, past, written_rx))
+    }
+
+    /// Notes a change.
+    pub fn note(&mut self, change: Change) {
+        self.is_urgent |= !change.is_leisurely();
+        self.since.get_or_insert_with(Instant::now);
+        self.changes.push(change);
+    }
+
+    /// The place after all that was noted.
+    pub fn mark(&self) -> Mark {
+        if self.is_urgent {
+            self.next
+        } else {
+            self.handed
+        }
+    }
+
+    /// The place before which all is on disk.
+    pub fn kept(&self) -> Mark {
+        self.kept
+    }
+
+    /// Whether nothing waits to be written.
+    pub fn is_settled(&self) -> bool {
+        self.changes.is_empty() && self.kept.0 + 1 == self.next.0
+    }
+
+    /// Hands over what was noted, if the thread is free and somebody waits for it, or it has waited long enough.
+    pub fn flush(&mut self, stamp: impl FnOnce() -> Stamp, hurry: bool) {
+        let is_late = self.since.is_some_and(|since| since.elapsed() > LEISURE);
+        let is_free = self.kept.0 + 1 == self.next.0;
+        if self.changes.is_empty() || !is_free || !(self.is_urgent || is_late || hurry) {
+            return;
+        }
+        let batch = Batch {
+            mark: self.next,
+            changes: std::mem::take(&mut self.changes),
+            stamp: stamp(),
+        };
+        // One at a time, so that there is room; without the thread nothing is ever kept, and the agent ends.
+        let _ = self.batches.as_ref().map(|batches| batches.try_send(batch));
+        self.handed = self.next;
+        self.next.0 += 1;
+        self.since = None;
+        self.is_urgent = false;
+    }
+
+    /// A batch is on disk.
+    pub fn keep(&mut self, mark: Mark) {
+        self.kept = self.kept.max(mark);
+    }
+}
+
+impl Drop for Journal {
+    /// Waits until what was handed over is written.
+    fn drop(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Opens a file; one that can't be used is set aside.
+fn open(path: &Path) -> Result<(Store, Past)> {
+    for _ in 0..2 {
+        match Store::open(path) {
+            Ok(opened) => return Ok(opened),
+            Err(OpenError::Taken) => bail!(
+                "another process has the journal {}: two agents can't share a state_dir",
+                path.display()
+            ),
+            Err(OpenError::Disk(e)) => {
+                return Err(e).with_context(|| format!("the journal {}", path.display()));
+            }
+            Err(OpenError::Unusable(why)) => {
+                let aside = set_aside(path)?;
+                tracing::error!(
+                    "the journal can't be used: {why}. It is now {}, and a new one is begun: tasks of before are not \
+                     known any more",
+                    aside.display()
+                );
             }
         }
-        Ok(())
     }
+    bail!("the journal {} can't be begun anew", path.display())
+}
 
-    fn open(&self) -> usize {
-        self.open
+/// Gives a file another name; the first of a few that is free, else the last.
+fn set_aside(path: &Path) -> Result<PathBuf> {
+    let names = (1..=ASIDE_MAX).map(|n| path.with_extension(format!("unusable-{n}")));
+    let mut names = names.collect::<Vec<_>>().into_iter();
+    let last = path.with_extension(format!("unusable-{ASIDE_MAX}"));
+    let aside = names.find(|name| !name.exists()).unwrap_or(last);
+    fs::rename(path, &aside).with_context(|| format!("{} can't be set aside", path.display()))?;
+    Ok(aside)
+}
+
+/// Writes batches until nobody makes any.
+fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Sender<Written>) {
+    while let Some(batch) = batches.blocking_recv() {
+        let began = Instant::now();
+        crash::point("before-commit");
+        while let Err(e) = store.write(&batch.changes, &batch.stamp) {
+            let trouble = Written::Trouble(e.to_string());
+            // The agent is gone: there is nobody to try for.
+            if written.blocking_send(trouble).is_err() || batches.is_closed() {
+                return;
+            }
+            sleep(RETRY);
+        }
+        crash::point("after-commit");
+        if written.blocking_send(Written::Kept(batch.mark)).is_err() {
+            return;
+        }
+        sleep(PACE.saturating_sub(began.elapsed()));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,7 @@ pub mod card;
 pub mod clock;
 pub mod commands;
 pub mod config;
+mod crash;
 pub mod dispatcher;
 pub mod intake;
 pub mod journal;

@@ -1,7 +1,10 @@
-//! Events on their way to the broker: kept until acknowledged, sent in order, sent again after a lost
-//! connection. Knows topics and tokens; not what an event means.
+//! Events on their way to the broker: kept until acknowledged, sent in order and not before the journal has what they
+//! tell, sent again after a lost connection. Knows topics and tokens; not what an event means.
 
 use crate::broker::{Link, NotSent, Outgoing, Token};
+use crate::crash;
+use crate::journal::Mark;
+use millwright_task::job::Ticket;
 use millwright_task::limits::{
     INFLIGHT_MAX, OUTBOX_BYTES_MAX, OUTBOX_EVENTS_MAX, OUTBOX_RESERVE_BYTES, OUTBOX_RESERVE_EVENTS,
 };
@@ -33,16 +36,29 @@ pub enum Purpose {
     Retained,
     /// An event that the sender can do without.
     Progress,
-    /// A final event.
-    Final(Key),
-    /// Says that a final event can't be delivered. If it can't either, it is set aside.
-    LastWord,
+    /// What the journal keeps until it is delivered: a final event, a refusal.
+    Answer { key: Key, ticket: Ticket },
+    /// Says that an answer can't be delivered. If it can't either, it is set aside.
+    LastWord { key: Key, ticket: Ticket },
 }
 
-/// A final event that can't be delivered where it should go, and why.
+impl Purpose {
+    /// The answer that this is, or stands for.
+    fn ticket(&self) -> Option<Ticket> {
+        match self {
+            Self::Answer { ticket, .. } | Self::LastWord { ticket, .. } => Some(*ticket),
+            Self::Retained | Self::Progress => None,
+        }
+    }
+}
+
+/// An answer that can't be delivered where it should go, and why.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Undeliverable {
     pub key: Key,
+    pub ticket: Ticket,
+    /// It was the last word already.
+    pub is_last_word: bool,
     pub topic: String,
     pub reason: String,
     /// The broker doesn't let us publish there.
@@ -54,6 +70,8 @@ struct Entry {
     token: Token,
     purpose: Purpose,
     message: Outgoing,
+    /// What the journal must have before this is sent.
+    after: Mark,
     attempts: u32,
 }
 
@@ -89,7 +107,7 @@ impl Outbox {
             && self.bytes + OUTBOX_RESERVE_BYTES <= OUTBOX_BYTES_MAX
     }
 
-    pub fn push(&mut self, purpose: Purpose, message: Outgoing) {
+    pub fn push(&mut self, purpose: Purpose, message: Outgoing, after: Mark) {
         if purpose == Purpose::Retained {
             self.drop_unsent_retained(&message.topic);
         }
@@ -99,17 +117,30 @@ impl Outbox {
             token: Token(self.tokens),
             purpose,
             message,
+            after,
             attempts: 0,
         });
     }
 
-    /// Hands over as much as goes now; returns what can't ever be.
-    pub fn pump(&mut self, now: Duration, carrier: &impl Carrier) -> Vec<Undeliverable> {
+    /// Hands over as much as goes now, of what the journal has; returns what can't ever be.
+    pub fn pump(
+        &mut self,
+        now: Duration,
+        kept: Mark,
+        carrier: &impl Carrier,
+    ) -> Vec<Undeliverable> {
         let mut lost = Vec::new();
-        while self.sent < self.entries.len() && self.sent < INFLIGHT_MAX && now >= self.hold_until {
-            let entry = &self.entries[self.sent];
+        while let Some(entry) = self.entries.get(self.sent)
+            && self.sent < INFLIGHT_MAX
+            && now >= self.hold_until
+            && entry.after <= kept
+        {
+            crash::point("before-send");
             match carrier.carry(entry.token, &entry.message) {
-                Ok(()) => self.sent += 1,
+                Ok(()) => {
+                    crash::point("after-send");
+                    self.sent += 1;
+                }
                 Err(NotSent::Offline | NotSent::Full) => break,
                 Err(NotSent::TooLarge { bytes, limit }) => {
                     let reason =
@@ -124,11 +155,10 @@ impl Outbox {
         lost
     }
 
-    /// The broker has it.
-    pub fn delivered(&mut self, token: Token) {
-        if let Some(at) = self.sent_at(token) {
-            self.remove(at);
-        }
+    /// The broker has it: the answer that was delivered, if it is one.
+    pub fn delivered(&mut self, token: Token) -> Option<Ticket> {
+        let at = self.sent_at(token)?;
+        self.remove(at)?.purpose.ticket()
     }
 
     /// The broker refused it: tried again later where that may help, else given up.
@@ -186,14 +216,19 @@ impl Outbox {
     fn give_up(&mut self, at: usize, reason: String, forbidden: bool) -> Option<Undeliverable> {
         let entry = self.remove(at)?;
         let topic = entry.message.topic;
+        let is_last_word = matches!(entry.purpose, Purpose::LastWord { .. });
         match entry.purpose {
-            Purpose::Final(key) => Some(Undeliverable {
-                key,
-                topic,
-                reason,
-                forbidden,
-            }),
-            Purpose::Progress | Purpose::Retained | Purpose::LastWord => {
+            Purpose::Answer { key, ticket } | Purpose::LastWord { key, ticket } => {
+                Some(Undeliverable {
+                    key,
+                    ticket,
+                    is_last_word,
+                    topic,
+                    reason,
+                    forbidden,
+                })
+            }
+            Purpose::Progress | Purpose::Retained => {
                 tracing::warn!(topic, reason, "an event was set aside");
                 None
             }
@@ -250,9 +285,11 @@ mod tests {
             sender: "s".into(),
             task: topic.into(),
         };
+        let ticket = Ticket(bytes as u64);
         outbox.push(
-            Purpose::Final(key),
+            Purpose::Answer { key, ticket },
             Outgoing::json(topic.into(), vec![0; bytes]),
+            Mark::default(),
         );
     }
 
@@ -271,7 +308,11 @@ mod tests {
             push(&mut outbox, topic, 1);
         }
         let first = wire(2);
-        assert!(outbox.pump(Duration::ZERO, &first).is_empty());
+        assert!(
+            outbox
+                .pump(Duration::ZERO, Mark::default(), &first)
+                .is_empty()
+        );
         assert_eq!(
             (topics(&first), outbox.is_all_sent()),
             (vec!["a".into(), "b".into()], false)
@@ -279,7 +320,7 @@ mod tests {
         outbox.delivered(first.seen.borrow()[0].0);
         outbox.offline();
         let second = wire(9);
-        outbox.pump(Duration::ZERO, &second);
+        outbox.pump(Duration::ZERO, Mark::default(), &second);
         assert_eq!(topics(&second), ["b", "c"]);
         for (token, _) in second.seen.borrow().iter() {
             outbox.delivered(*token);
@@ -288,12 +329,33 @@ mod tests {
     }
 
     #[test]
+    fn nothing_goes_out_before_the_journal_has_it_and_nothing_overtakes() {
+        let mut outbox = Outbox::default();
+        push(&mut outbox, "a", 1);
+        let message = || Outgoing::json("b".into(), vec![0]);
+        outbox.push(Purpose::Progress, message(), Mark::of(1));
+        push(&mut outbox, "c", 1);
+        let wire = wire(9);
+        outbox.pump(Duration::ZERO, Mark::of(0), &wire);
+        assert_eq!(
+            (topics(&wire), outbox.is_all_sent()),
+            (vec!["a".into()], false)
+        );
+        outbox.pump(Duration::ZERO, Mark::of(1), &wire);
+        assert_eq!(topics(&wire), ["a", "b", "c"]);
+        let tokens = wire.seen.borrow();
+        let delivered = tokens.iter().map(|(token, _)| outbox.delivered(*token));
+        let delivered: Vec<_> = delivered.collect();
+        assert_eq!(delivered, [Some(Ticket(1)), None, Some(Ticket(1))]);
+    }
+
+    #[test]
     fn what_the_broker_never_takes_is_given_up_and_the_rest_goes_on() {
         let mut outbox = Outbox::default();
         push(&mut outbox, "large", 101);
         push(&mut outbox, "b", 1);
         let wire = wire(9);
-        let lost = outbox.pump(Duration::ZERO, &wire);
+        let lost = outbox.pump(Duration::ZERO, Mark::default(), &wire);
         assert_eq!(
             (lost[0].topic.as_str(), topics(&wire)),
             ("large", vec!["b".into()])
@@ -313,11 +375,11 @@ mod tests {
         let mut now = Duration::ZERO;
         for attempt in 1..=ATTEMPTS_MAX {
             let wire = wire(9);
-            outbox.pump(now, &wire);
+            outbox.pump(now, Mark::default(), &wire);
             let token = wire.seen.borrow()[0].0;
             let lost = outbox.refused(now, token, PubAckReason::QuotaExceeded);
             assert_eq!(lost.is_some(), attempt == ATTEMPTS_MAX);
-            outbox.pump(now, &wire);
+            outbox.pump(now, Mark::default(), &wire);
             assert_eq!(topics(&wire).len(), 1, "nothing goes out while it holds");
             now += HOLD;
         }
@@ -330,6 +392,7 @@ mod tests {
             outbox.push(
                 Purpose::Retained,
                 Outgoing::json("state".into(), vec![0; payload]),
+                Mark::default(),
             );
         }
         assert_eq!(outbox.depth(), (1, 2));

@@ -84,15 +84,46 @@ fn cancels_deadlines_refusals_and_the_drain_each_say_what_they_are() {
     assert_eq!(listener.expect("rejected")["code"], "forbidden_reply_topic");
     publish(broker.port, "task", &task("big", 1500, ""), &[]);
     assert_eq!(listener.expect("rejected")["code"], "context_overflow");
-    publish(broker.port, "task", &task("long", 900, ""), &[]);
-    listener.expect("accepted");
     agent.stop().unwrap();
-    let failed = listener.expect("failed");
-    assert_eq!(
-        (&failed["task"], &failed["code"]),
-        (&"long".into(), &"draining".into())
-    );
     listener.expect("offline");
+}
+
+#[test]
+fn what_the_drain_leaves_goes_on_at_the_next_start() {
+    let state = tempfile::tempdir().unwrap();
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let agent = Agent::start_in(state.path(), broker.port, SLOW);
+    listener.expect("online");
+    publish(broker.port, "task", &task("done", 2, ""), &[]);
+    let done = listener.expect("done");
+    publish(broker.port, "task", &task("runs", 900, ""), &[]);
+    let accepted = listener.expect("accepted");
+    publish(broker.port, "task", &task("waits", 3, ""), &[]);
+    listener.expect("accepted");
+    publish(broker.port, "task", &task("ends", 3, ""), &[]);
+    listener.expect("accepted");
+    publish(broker.port, "cancel", r#"{"task": "ends"}"#, &[]);
+    let ended = listener.expect("cancelled");
+    agent.stop().unwrap();
+    let offline = listener.expect("offline");
+    let reason = offline["reason"].as_str().unwrap();
+    assert!(reason.contains("2 tasks go on"), "{reason}");
+
+    let agent = Agent::start_in(state.path(), broker.port, FAST);
+    let again = listener.expect("accepted");
+    assert_eq!(again["task"], "runs");
+    assert_ne!(again["run"], accepted["run"], "a new run");
+    assert_eq!(listener.expect("done")["task"], "runs");
+    assert_eq!(listener.expect("done")["task"], "waits");
+    // What had ended is still known.
+    publish(broker.port, "task", &task("done", 2, ""), &[]);
+    assert_eq!(listener.expect("done"), done);
+    publish(broker.port, "task", &task("ends", 3, ""), &[]);
+    assert_eq!(listener.expect("cancelled"), ended);
+    publish(broker.port, "task", &task("done", 3, ""), &[]);
+    assert_eq!(listener.expect("rejected")["code"], "conflict");
+    agent.stop().unwrap();
 }
 
 #[test]

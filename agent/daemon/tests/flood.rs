@@ -117,7 +117,7 @@ async fn a_flood_is_taken_in_portions_and_in_order_and_nothing_is_lost() {
             message = inbox.messages.recv() => {
                 let message = message.unwrap();
                 taken.push(message.publish.pkid);
-                link.ack(message.generation, &message.publish);
+                link.ack(message.receipt().expect("QoS 1"));
             }
         }
     }

@@ -7,7 +7,7 @@ mod overtaken;
 use crate::Now;
 use crate::job::{Job, Outcome, Post, Product, Stop, Ticket, stopped};
 use crate::limits;
-use crate::recall::{Recall, Window};
+use crate::recall::{Gone, Recall, Recalled, Window};
 use crate::wire::{Body, Code, Event, Key, Partial, Refusal, Refused, Reply, Task, Usage};
 use overtaken::Overtaken;
 use std::cmp::Reverse;
@@ -36,8 +36,11 @@ pub struct Rules {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
     Accepted(Ticket),
-    /// It is here already; its `accepted` was said again, to the newest reply topic.
-    Repeated,
+    /// It is here already; its `accepted` was said again, to the newest reply topic. The flag says that this is
+    /// another than before.
+    Repeated {
+        moved: bool,
+    },
     /// It was finished before; its final event was said again.
     Recalled,
     Refused(Code),
@@ -52,8 +55,21 @@ pub enum Cancelled {
     Waiting(Post),
     /// It runs: the model must stop it, and its final event follows.
     Running(Ticket),
-    /// There was nothing to stop; this says so.
-    Nothing(Post),
+    /// It has ended; this says so.
+    AlreadyFinal(Post),
+    /// Nobody knows it yet; this says so, and that it will be cancelled if it comes.
+    Unknown(Post),
+}
+
+/// An accepted task as the journal kept it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kept {
+    pub ticket: Ticket,
+    pub task: Task,
+    /// How often the model began with it.
+    pub begun: u32,
+    /// Its sender cancelled it while it ran.
+    pub cancelled: bool,
 }
 
 /// What the passing of time brings.
@@ -130,10 +146,10 @@ impl<W> Admission<W> {
         if let Some(known) = self.judge_known(now, &task) {
             return known;
         }
-        if self.overtaken.take(now.boot, &task.key) {
+        if self.overtaken.take(now.own, &task.key) {
             return self.end(now, &task, Stop::Cancelled);
         }
-        if task.deadline <= now.boot {
+        if task.deadline <= now.own {
             return self.end(now, &task, Stop::Expired);
         }
         match self.judge_room(now, &task).and_then(|()| prepare(&task)) {
@@ -167,14 +183,18 @@ impl<W> Admission<W> {
                 return Some(self.conflict(now, task));
             }
             // The newest reply topic counts: the sender may have reconnected elsewhere.
+            let moved = job.task.reply != task.reply;
             job.task.reply = task.reply.clone();
             let body = Body::Accepted {
                 queue_position: ahead,
                 eta_ms: eta,
             };
-            return Some((Decision::Repeated, job.say(&self.rules.gateway, now, body)));
+            return Some((
+                Decision::Repeated { moved },
+                job.say(&self.rules.gateway, now, body),
+            ));
         }
-        let recalled = self.recall.get(now.boot, &task.key)?;
+        let recalled = self.recall.get(now.own, &task.key)?;
         if recalled.task_digest != task.digest {
             return Some(self.conflict(now, task));
         }
@@ -190,15 +210,17 @@ impl<W> Admission<W> {
             ));
         };
         let (key, reply, event) = (task.key.clone(), task.reply.clone(), recalled.event);
-        let class = crate::job::Class::Final;
+        let (ticket, class) = (recalled.ticket, crate::job::Class::Final);
         Some((
             Decision::Recalled,
             Post {
+                ticket,
                 key,
                 reply,
                 event,
                 class,
                 bytes,
+                remembered: Some(task.digest),
             },
         ))
     }
@@ -247,7 +269,7 @@ impl<W> Admission<W> {
             .count();
         if let Some(wait) = self
             .wait(ahead)
-            .filter(|wait| now.boot + *wait > task.deadline)
+            .filter(|wait| now.own + *wait > task.deadline)
         {
             let eta = wait.as_millis() as u64;
             let reason = format!("it would start in about {eta} ms, after its deadline");
@@ -260,23 +282,86 @@ impl<W> Admission<W> {
     }
 
     fn accept(&mut self, now: Now, task: Task, work: W) -> (Decision, Post) {
-        let run = self.next_run();
-        let ticket = Ticket(self.runs);
-        let (ahead, eta) = self.outlook(task.priority, ticket);
-        self.waiting_bytes += task.bytes;
-        self.waiting.insert((Reverse(task.priority), ticket), work);
-        self.tickets.insert(task.key.clone(), ticket);
-        let mut job = Job::new(task, run, now);
-        let post = job.say(
-            &self.rules.gateway,
-            now,
-            Body::Accepted {
-                queue_position: ahead,
-                eta_ms: eta,
-            },
-        );
-        self.jobs.insert(ticket, job);
+        let (ticket, run) = self.next_run();
+        let post = self.admit(now, Job::new(task, ticket, run, now), work);
         (Decision::Accepted(ticket), post)
+    }
+
+    /// Puts a task into the queue.
+    fn admit(&mut self, now: Now, mut job: Job, work: W) -> Post {
+        let (ticket, priority) = (job.ticket(), job.task.priority);
+        let (ahead, eta) = self.outlook(priority, ticket);
+        let body = Body::Accepted {
+            queue_position: ahead,
+            eta_ms: eta,
+        };
+        let post = job.say(&self.rules.gateway, now, body);
+        self.waiting_bytes += job.task.bytes;
+        self.waiting.insert((Reverse(priority), ticket), work);
+        self.tickets.insert(job.task.key.clone(), ticket);
+        self.jobs.insert(ticket, job);
+        post
+    }
+
+    /// Takes a task up again that was accepted before a restart, under a new run: whatever the queue's bounds are by now.
+    /// `Err` is the final event of one that ends here.
+    pub fn resume(
+        &mut self,
+        now: Now,
+        kept: Kept,
+        prepare: impl FnOnce(&Task) -> Result<W, Refusal>,
+    ) -> Result<Post, Post> {
+        let Kept {
+            ticket,
+            task,
+            begun,
+            cancelled,
+        } = kept;
+        self.runs = self.runs.max(ticket.0);
+        let run = self.run(ticket);
+        let mut job = Job::new(task, ticket, run, now);
+        let nothing = Product::default();
+        let ended = if cancelled {
+            Err(stopped(Some(Stop::Cancelled), nothing))
+        } else if job.task.deadline <= now.own {
+            Err(stopped(Some(Stop::Expired), nothing))
+        } else if begun >= limits::BEGUN_MAX {
+            let reason = format!("the gateway went down {begun} times while it ran this task");
+            Err(Body::Failed(Refusal::new(Code::Internal, reason)))
+        } else {
+            prepare(&job.task).map_err(Body::Failed)
+        };
+        match ended {
+            Ok(work) => Ok(self.admit(now, job, work)),
+            Err(body) => {
+                let mut post = job.say(&self.rules.gateway, now, body);
+                self.remember(now, job.task.digest, &mut post);
+                Err(post)
+            }
+        }
+    }
+
+    /// Remembers a final event of before a restart. They come oldest first.
+    pub fn recall(&mut self, now: Now, key: Key, recalled: Recalled) {
+        self.runs = self.runs.max(recalled.ticket.0);
+        self.recall.put(now.own, key, recalled);
+    }
+
+    /// Remembers a cancel of before a restart. They come oldest first.
+    pub fn recall_cancel(&mut self, at: Duration, key: Key) {
+        self.overtaken.put(at, key);
+    }
+
+    /// Names later runs than any that was named before a restart.
+    pub fn count_from(&mut self, last: Ticket) {
+        self.runs = self.runs.max(last.0);
+    }
+
+    /// What bounds made us forget since this was last asked.
+    pub fn take_gone(&mut self) -> Vec<Gone> {
+        let mut gone = self.recall.take_gone();
+        gone.append(&mut self.overtaken.take_gone());
+        gone
     }
 
     /// The next task to run, if a slot is free.
@@ -337,19 +422,29 @@ impl<W> Admission<W> {
             }
             return Cancelled::Running(ticket);
         }
-        let body = if self.recall.get(now.boot, key).is_some() {
-            Body::AlreadyFinal {}
-        } else {
-            self.overtaken.put(now.boot, key.clone());
-            Body::Unknown {}
-        };
-        Cancelled::Nothing(self.say_alone(now, key, reply, body))
+        if self.recall.get(now.own, key).is_some() {
+            let post = self.say_alone(now, key, reply, Body::AlreadyFinal {});
+            return Cancelled::AlreadyFinal(post);
+        }
+        self.overtaken.put(now.own, key.clone());
+        Cancelled::Unknown(self.say_alone(now, key, reply, Body::Unknown {}))
     }
 
     /// Expires what is past its deadline. Each running task is named once.
     pub fn tick(&mut self, now: Now) -> Due {
-        let late = self.tickets_where(|job| job.task.deadline <= now.boot && job.stop.is_none());
-        self.stop_all(now, &late, Stop::Expired)
+        let late = |job: &&Job| job.task.deadline <= now.own && job.stop.is_none();
+        let mut late: Vec<_> = self.jobs.values().filter(late).map(Job::ticket).collect();
+        late.sort_unstable();
+        let mut due = Due::default();
+        for ticket in late {
+            if let Some(post) = self.stop_waiting(now, ticket, Stop::Expired) {
+                due.posts.push(post);
+            } else if let Some(job) = self.jobs.get_mut(&ticket) {
+                job.stop = Some(Stop::Expired);
+                due.stop.push(ticket);
+            }
+        }
+        due
     }
 
     /// When [`Self::tick`] next has something to do.
@@ -366,36 +461,6 @@ impl<W> Admission<W> {
         self.closed = Some(refusal);
     }
 
-    /// Stops all that is here: the grace is over.
-    pub fn stop_everything(&mut self, now: Now) -> Due {
-        let all = self.tickets_where(|job| job.stop.is_none());
-        self.stop_all(now, &all, Stop::Draining)
-    }
-
-    fn tickets_where(&self, which: impl Fn(&Job) -> bool) -> Vec<Ticket> {
-        let mut tickets: Vec<_> = self
-            .jobs
-            .iter()
-            .filter(|(_, job)| which(job))
-            .map(|(t, _)| *t)
-            .collect();
-        tickets.sort_unstable();
-        tickets
-    }
-
-    fn stop_all(&mut self, now: Now, tickets: &[Ticket], why: Stop) -> Due {
-        let mut due = Due::default();
-        for &ticket in tickets {
-            if let Some(post) = self.stop_waiting(now, ticket, why) {
-                due.posts.push(post);
-            } else if let Some(job) = self.jobs.get_mut(&ticket) {
-                job.stop = Some(why);
-                due.stop.push(ticket);
-            }
-        }
-        due
-    }
-
     /// Ends a task that waits; `None` when it runs.
     fn stop_waiting(&mut self, now: Now, ticket: Ticket, why: Stop) -> Option<Post> {
         let job = self.jobs.get_mut(&ticket).filter(|job| !job.is_running())?;
@@ -406,17 +471,18 @@ impl<W> Admission<W> {
     }
 
     fn close_job(&mut self, now: Now, ticket: Ticket, body: Body) -> Option<Post> {
-        let post = self.say(ticket, now, body)?;
+        let mut post = self.say(ticket, now, body)?;
         let job = self.jobs.remove(&ticket)?;
         self.tickets.remove(&job.task.key);
-        self.recall.put(
-            now.boot,
-            job.task.key,
-            job.task.digest,
-            post.event,
-            post.bytes.clone(),
-        );
+        self.remember(now, job.task.digest, &mut post);
         Some(post)
+    }
+
+    fn remember(&mut self, now: Now, task_digest: [u8; 32], post: &mut Post) {
+        post.remembered = Some(task_digest);
+        let bytes = post.bytes.clone();
+        let recalled = Recalled::new(post.ticket, now.own, task_digest, post.event, bytes);
+        self.recall.put(now.own, post.key.clone(), recalled);
     }
 
     /// The final event of a task that never waited; remembered, as `cancelled` and `expired` are.
@@ -436,14 +502,8 @@ impl<W> Admission<W> {
         } else {
             Body::Expired(partial)
         };
-        let post = self.say_alone(now, &task.key, &task.reply, body);
-        self.recall.put(
-            now.boot,
-            task.key.clone(),
-            task.digest,
-            post.event,
-            post.bytes.clone(),
-        );
+        let mut post = self.say_alone(now, &task.key, &task.reply, body);
+        self.remember(now, task.digest, &mut post);
         (Decision::Ended(post.event), post)
     }
 
@@ -453,12 +513,9 @@ impl<W> Admission<W> {
 
     /// The one event of a run of its own.
     pub fn say_alone(&mut self, now: Now, key: &Key, reply: &Reply, body: Body) -> Post {
-        let run = self.next_run();
-        Post::new(
-            key,
-            reply,
-            &Event::new(key, &self.rules.gateway, &run, 0, now, body),
-        )
+        let (ticket, run) = self.next_run();
+        let event = Event::new(key, &self.rules.gateway, &run, 0, now, body);
+        Post::new(ticket, key, reply, &event)
     }
 
     fn say(&mut self, ticket: Ticket, now: Now, body: Body) -> Option<Post> {
@@ -469,9 +526,14 @@ impl<W> Admission<W> {
         )
     }
 
-    fn next_run(&mut self) -> String {
+    fn next_run(&mut self) -> (Ticket, String) {
         self.runs += 1;
-        format!("{}-{}", self.rules.run_prefix, self.runs)
+        let ticket = Ticket(self.runs);
+        (ticket, self.run(ticket))
+    }
+
+    fn run(&self, ticket: Ticket) -> String {
+        format!("{}-{}", self.rules.run_prefix, ticket.0)
     }
 
     /// How many wait before a task of this priority, and in how many milliseconds it should be done.

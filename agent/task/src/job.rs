@@ -21,17 +21,21 @@ pub enum Class {
 /// An event on its way out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Post {
+    /// The run that says it.
+    pub ticket: Ticket,
     pub key: Key,
     pub reply: Reply,
     /// Its name, for the user property.
     pub event: &'static str,
     pub class: Class,
     pub bytes: Vec<u8>,
+    /// The task's digest, where the dedup window remembers this event.
+    pub remembered: Option<[u8; 32]>,
 }
 
 impl Post {
     /// `event` in the form its reader asked for.
-    pub fn new(key: &Key, reply: &Reply, event: &Event) -> Self {
+    pub fn new(ticket: Ticket, key: &Key, reply: &Reply, event: &Event) -> Self {
         let class = match &event.body {
             Body::Delta { .. } => Class::Delta,
             body if body.is_final() => Class::Final,
@@ -39,17 +43,19 @@ impl Post {
         };
         let bytes = reply.format.encode(event);
         Self {
+            ticket,
             key: key.clone(),
             reply: reply.clone(),
             event: event.body.name(),
             class,
             bytes,
+            remembered: None,
         }
     }
 }
 
-/// Names one acceptance; rises with each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Names one run: an acceptance, a refusal, a resumption, whatever is said once. Rises with each, over restarts too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Ticket(pub u64);
 
 /// Why a running task was told to stop.
@@ -58,7 +64,6 @@ pub enum Stop {
     Cancelled,
     Expired,
     TooLarge,
-    Draining,
 }
 
 /// How the model left a task.
@@ -87,6 +92,7 @@ pub struct Product {
 #[derive(Debug)]
 pub struct Job {
     pub task: Task,
+    ticket: Ticket,
     run: String,
     seq: u64,
     accepted: Duration,
@@ -97,16 +103,21 @@ pub struct Job {
 }
 
 impl Job {
-    pub fn new(task: Task, run: String, now: Now) -> Self {
+    pub fn new(task: Task, ticket: Ticket, run: String, now: Now) -> Self {
         Self {
             task,
+            ticket,
             run,
             seq: 0,
-            accepted: now.boot,
+            accepted: now.own,
             started: None,
             offset: 0,
             stop: None,
         }
+    }
+
+    pub fn ticket(&self) -> Ticket {
+        self.ticket
     }
 
     pub fn is_running(&self) -> bool {
@@ -115,20 +126,20 @@ impl Job {
 
     /// It left the queue for the model.
     pub fn start(&mut self, now: Now) {
-        self.started = Some(now.boot);
+        self.started = Some(now.own);
     }
 
     /// Time in the model so far.
     pub fn service(&self, now: Now) -> Duration {
         self.started
-            .map_or(Duration::ZERO, |at| now.boot.saturating_sub(at))
+            .map_or(Duration::ZERO, |at| now.own.saturating_sub(at))
     }
 
     /// The next event of this run.
     pub fn say(&mut self, gateway: &str, now: Now, body: Body) -> Post {
         let event = Event::new(&self.task.key, gateway, &self.run, self.seq, now, body);
         self.seq += 1;
-        Post::new(&self.task.key, &self.task.reply, &event)
+        Post::new(self.ticket, &self.task.key, &self.task.reply, &event)
     }
 
     /// New text of the answer: a delta where the sender wants them. Says to stop when the answer outgrows
@@ -176,7 +187,7 @@ impl Job {
         Timing {
             queue_ms: self
                 .started
-                .unwrap_or(now.boot)
+                .unwrap_or(now.own)
                 .saturating_sub(self.accepted)
                 .as_millis() as u64,
             prefill_ms: product.prefill.as_millis() as u64,
@@ -197,10 +208,6 @@ pub(crate) fn stopped(stop: Option<Stop>, product: Product) -> Body {
         Some(Stop::Cancelled) => Body::Cancelled(partial("its sender cancelled it")),
         Some(Stop::Expired) => Body::Expired(partial("its deadline passed")),
         Some(Stop::TooLarge) => too_large(),
-        Some(Stop::Draining) => {
-            let reason = "the gateway shut down before the task was finished: send it again".into();
-            Body::Failed(Refusal::new(Code::Draining, reason))
-        }
         None => Body::Failed(Refusal::new(
             Code::Internal,
             "the model stopped without being told to".into(),

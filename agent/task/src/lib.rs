@@ -15,11 +15,12 @@ pub mod wire;
 
 use std::time::Duration;
 
-/// The moment an event is judged at. Deadlines run on `boot`; `wall` is for people and for `expires_at`.
+/// The moment an event is judged at. Deadlines run on `own`; `wall` is for people and for `expires_at`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Now {
-    /// Time since the machine booted, suspend included.
-    pub boot: Duration,
+    /// The gateway's own time: it goes on while the machine is up or suspended, never jumps, and is carried over
+    /// restarts and reboots.
+    pub own: Duration,
     /// Milliseconds since 1970 by the wall clock, right or not.
     pub wall_ms: u64,
     /// Whether the wall clock is known to be synchronised.

@@ -35,6 +35,8 @@ pub const QUEUE_TASKS_MAX: usize = 256;
 pub const QUEUE_BYTES_MAX: usize = 4 * MIB;
 /// Tasks that run at the same time.
 pub const RUNNING_TASKS_MAX: usize = 16;
+/// How often a task is begun that the process never outlived; then it fails, lest it take the gateway down for ever.
+pub const BEGUN_MAX: u32 = 5;
 /// Final events kept for resent tasks, and the bytes of their payloads together.
 pub const RECALL_TASKS_MAX: usize = 10_000;
 pub const RECALL_BYTES_MAX: usize = 12 * MIB;
@@ -60,6 +62,13 @@ pub const OUTBOX_RESERVE_EVENTS: usize = 4;
 pub const INFLIGHT_MAX: usize = 16;
 /// Requests handed to the MQTT client and not yet written.
 pub const REQUESTS_MAX: usize = 64;
+/// Changes on their way to the journal: copies of tasks not yet acknowledged and events not yet sent, so at most what those
+/// may be together; and the store's own cache.
+pub const JOURNAL_BYTES_MAX: usize = QUEUE_BYTES_MAX
+    + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + ANSWER_BYTES_MAX)
+    + OUTBOX_BYTES_MAX
+    + JOURNAL_CACHE_BYTES;
+pub const JOURNAL_CACHE_BYTES: usize = 2 * MIB;
 /// Events from the model's thread to the agent.
 pub const WORKER_EVENTS_MAX: usize = 256;
 
@@ -78,10 +87,11 @@ pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
     + INBOX_BYTES_MAX
     + INBOX_MESSAGES_MAX * KIB
     + OUTBOX_BYTES_MAX
+    + JOURNAL_BYTES_MAX
     + WORKER_EVENTS_MAX * KIB;
 
 const _: () = assert!(
-    MEMORY_BYTES_MAX <= 64 * MIB,
+    MEMORY_BYTES_MAX <= 84 * MIB,
     "the bounds add up to more than the budget"
 );
 const _: () =

@@ -1,6 +1,7 @@
 //! The final events of the dedup window: what a resent task is answered with. Bounded by age, count and
 //! bytes; at the byte bound the oldest texts go first and their outcomes stay. Never judges a task.
 
+use crate::job::Ticket;
 use crate::wire::Key;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, VecDeque};
@@ -17,6 +18,8 @@ pub struct Window {
 /// What is known of a task that reached its end.
 #[derive(Debug, Clone)]
 pub struct Recalled {
+    /// The run that said it.
+    pub ticket: Ticket,
     /// Of the task as decoded.
     pub task_digest: [u8; 32],
     /// The final event's name.
@@ -26,7 +29,18 @@ pub struct Recalled {
     pub bytes_len: usize,
     /// The payload; `None` once it had to go.
     pub bytes: Option<Vec<u8>>,
-    at: Duration,
+    pub at: Duration,
+}
+
+/// What a bound made us forget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Gone {
+    /// A final event's text; its outcome stays.
+    Text(Ticket),
+    /// All of a final event.
+    Final(Ticket),
+    /// A cancel whose task never came.
+    Cancel(Key),
 }
 
 /// Final events by task.
@@ -39,6 +53,27 @@ pub struct Recall {
     /// How many of `order`'s oldest have lost their text.
     bare: usize,
     bytes: usize,
+    gone: Vec<Gone>,
+}
+
+impl Recalled {
+    pub fn new(
+        ticket: Ticket,
+        at: Duration,
+        task_digest: [u8; 32],
+        event: &'static str,
+        bytes: Vec<u8>,
+    ) -> Self {
+        Self {
+            ticket,
+            task_digest,
+            event,
+            digest: Sha256::digest(&bytes).into(),
+            bytes_len: bytes.len(),
+            bytes: Some(bytes),
+            at,
+        }
+    }
 }
 
 impl Recall {
@@ -49,6 +84,7 @@ impl Recall {
             order: VecDeque::new(),
             bare: 0,
             bytes: 0,
+            gone: Vec::new(),
         }
     }
 
@@ -71,15 +107,13 @@ impl Recall {
         self.tasks.get(key)
     }
 
+    /// What bounds took since this was last asked.
+    pub fn take_gone(&mut self) -> Vec<Gone> {
+        std::mem::take(&mut self.gone)
+    }
+
     /// Remembers a final event. A task ends once, so a known key is left as it is.
-    pub fn put(
-        &mut self,
-        now: Duration,
-        key: Key,
-        task_digest: [u8; 32],
-        event: &'static str,
-        bytes: Vec<u8>,
-    ) {
+    pub fn put(&mut self, now: Duration, key: Key, recalled: Recalled) {
         self.forget_old(now);
         if self.tasks.contains_key(&key) {
             return;
@@ -87,15 +121,11 @@ impl Recall {
         while self.order.len() >= self.window.tasks_max {
             self.forget_oldest();
         }
-        let recalled = Recalled {
-            task_digest,
-            event,
-            digest: Sha256::digest(&bytes).into(),
-            bytes_len: bytes.len(),
-            at: now,
-            bytes: Some(bytes),
-        };
-        self.bytes += recalled.bytes_len;
+        // Those without their text are the oldest: what is put back after a restart comes in that order.
+        match &recalled.bytes {
+            Some(bytes) => self.bytes += bytes.len(),
+            None => self.bare = self.order.len() + 1,
+        }
         self.order.push_back(key.clone());
         self.tasks.insert(key, recalled);
         while self.bytes > self.window.bytes_max {
@@ -111,18 +141,20 @@ impl Recall {
         {
             recalled.bytes = None;
             self.bytes -= recalled.bytes_len;
+            self.gone.push(Gone::Text(recalled.ticket));
         }
         self.bare += 1;
     }
 
     fn forget_oldest(&mut self) {
-        let recalled = self
-            .order
-            .pop_front()
-            .and_then(|key| self.tasks.remove(&key));
+        let oldest = self.order.pop_front();
+        let Some(recalled) = oldest.and_then(|key| self.tasks.remove(&key)) else {
+            return;
+        };
+        self.gone.push(Gone::Final(recalled.ticket));
         if self.bare > 0 {
             self.bare -= 1;
-        } else if let Some(recalled) = recalled {
+        } else {
             self.bytes -= recalled.bytes_len;
         }
     }
@@ -153,6 +185,10 @@ mod tests {
         }
     }
 
+    fn done(i: u32, at: Duration, len: usize) -> Recalled {
+        Recalled::new(Ticket(i.into()), at, [0; 32], "done", vec![b'x'; len])
+    }
+
     #[test]
     fn texts_go_before_outcomes() {
         let mut recall = Recall::new(Window {
@@ -161,7 +197,7 @@ mod tests {
             bytes_max: 100,
         });
         for i in 0..3 {
-            recall.put(Duration::ZERO, key(i), [0; 32], "done", vec![b'x'; 40]);
+            recall.put(Duration::ZERO, key(i), done(i, Duration::ZERO, 40));
         }
         let oldest = recall.get(Duration::ZERO, &key(0)).unwrap();
         assert_eq!(
@@ -169,8 +205,30 @@ mod tests {
             (true, "done", 40)
         );
         assert!(recall.get(Duration::ZERO, &key(2)).unwrap().bytes.is_some());
+        assert_eq!(recall.take_gone(), [Gone::Text(Ticket(0))]);
         assert!(recall.get(Duration::from_secs(61), &key(2)).is_none());
         assert_eq!((recall.len(), recall.bytes()), (0, 0));
+        let all = [0, 1, 2].map(|i| Gone::Final(Ticket(i)));
+        assert_eq!(recall.take_gone(), all);
+    }
+
+    #[test]
+    fn what_comes_back_without_its_text_counts_no_bytes() {
+        let mut recall = Recall::new(Window {
+            age_max: Duration::from_mins(1),
+            tasks_max: 3,
+            bytes_max: 100,
+        });
+        let bare = Recalled {
+            bytes: None,
+            ..done(0, Duration::ZERO, 90)
+        };
+        recall.put(Duration::ZERO, key(0), bare);
+        for i in 1..4 {
+            recall.put(Duration::ZERO, key(i), done(i, Duration::ZERO, 30));
+        }
+        assert_eq!((recall.len(), recall.bytes()), (3, 90));
+        assert!(recall.get(Duration::ZERO, &key(1)).unwrap().bytes.is_some());
     }
 
     proptest! {
@@ -180,7 +238,7 @@ mod tests {
             let mut now = Duration::ZERO;
             for (i, len, pause) in ops {
                 now += Duration::from_secs(pause);
-                recall.put(now, key(i), [0; 32], "done", vec![0; len]);
+                recall.put(now, key(i), done(i, now, len));
                 let held: usize = recall.tasks.values().filter_map(|r| r.bytes.as_ref()).map(Vec::len).sum();
                 prop_assert_eq!(held, recall.bytes());
                 prop_assert!(held <= 200 && recall.len() <= 7);

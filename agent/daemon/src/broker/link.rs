@@ -1,7 +1,7 @@
 //! The sending end of the connection. Never waits: what can't be handed over now is refused, and the caller
 //! tries again when [`Link::room`] says so.
 
-use super::Lost;
+use super::{Lost, Receipt};
 use millwright_task::limits::{INFLIGHT_MAX, REQUESTS_MAX};
 use rumqttc::v5::AsyncClient;
 use rumqttc::v5::mqttbytes::QoS;
@@ -128,9 +128,9 @@ impl Link {
     }
 
     /// Whether the connection that brought a message is still the one.
-    pub fn is_on(&self, generation: u64) -> bool {
+    pub fn is_on(&self, receipt: Receipt) -> bool {
         let shared = self.lock();
-        shared.online && shared.generation == generation
+        shared.online && shared.generation == receipt.generation
     }
 
     /// Whether what is sent now goes out soon. Deltas wait for that, and grow while they wait.
@@ -212,13 +212,12 @@ impl Link {
 
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to
     /// another message, and the broker sends it again anyway.
-    pub fn ack(&self, generation: u64, publish: &Publish) {
+    pub fn ack(&self, receipt: Receipt) {
         let mut shared = self.lock();
-        if shared.online && shared.generation == generation && publish.qos != QoS::AtMostOnce {
-            // Not what it holds: a slice of it would keep all of it.
+        if shared.online && shared.generation == receipt.generation {
             shared.acks.push_back(Publish {
-                qos: publish.qos,
-                pkid: publish.pkid,
+                qos: QoS::AtLeastOnce,
+                pkid: receipt.packet,
                 ..Publish::default()
             });
             self.flush(&mut shared);

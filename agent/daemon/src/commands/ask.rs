@@ -295,7 +295,9 @@ impl Asking {
                 Some(signal) = inbox.signals.recv() => self.on_signal(signal)?,
                 Some(message) = inbox.messages.recv() => {
                     let last = self.on_message(&message.publish);
-                    self.link.ack(message.generation, &message.publish);
+                    if let Some(receipt) = message.receipt() {
+                        self.link.ack(receipt);
+                    }
                     if let Some(event) = last {
                         return self.screen.finish(event);
                     }

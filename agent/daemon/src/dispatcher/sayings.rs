@@ -3,6 +3,7 @@
 use super::{Dispatcher, Parts, outgoing};
 use crate::broker::Outgoing;
 use crate::card::{self, State};
+use crate::journal::{Change, Mark};
 use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
 use crate::worker::{Load, Prepare};
@@ -14,6 +15,8 @@ impl<P: Prepare> Dispatcher<P> {
     pub(super) fn last_word(&mut self, lost: Undeliverable) {
         let Undeliverable {
             key,
+            ticket,
+            is_last_word,
             topic,
             reason,
             forbidden,
@@ -26,7 +29,9 @@ impl<P: Prepare> Dispatcher<P> {
             "an answer can't be delivered"
         );
         let default = self.decoder.base.result(&key.sender, &key.task);
-        if forbidden && topic == default {
+        if is_last_word || forbidden && topic == default {
+            // Set aside: nobody will ever have it.
+            self.note(Change::Delivered(ticket));
             return;
         }
         let body = wire::Body::Failed(Refusal::new(Code::ReplyUndeliverable, reason));
@@ -38,7 +43,11 @@ impl<P: Prepare> Dispatcher<P> {
         let post = self
             .admission
             .say_alone(self.parts.clock.now(), &key, &reply, body);
-        self.outbox.push(Purpose::LastWord, outgoing(post));
+        self.outbox.push(
+            Purpose::LastWord { key, ticket },
+            outgoing(post),
+            Mark::default(),
+        );
     }
 
     pub fn set_state(&mut self, state: State, reason: &str) {
@@ -77,7 +86,8 @@ impl<P: Prepare> Dispatcher<P> {
             retain: true,
             ..Outgoing::json(topic, payload)
         };
-        self.outbox.push(Purpose::Retained, message);
+        self.outbox
+            .push(Purpose::Retained, message, Mark::default());
     }
 
     /// Publishes a health sample; a missed one is not worth keeping.
@@ -98,7 +108,7 @@ impl<P: Prepare> Dispatcher<P> {
             "memory_bandwidth_share": share,
             "threads": {"decode": model.decode_threads, "prefill": model.prefill_threads},
             "model_digest": model.digest,
-            "journal": {"open": self.parts.journal.open(), "recalled": recalled, "bytes": recalled_bytes},
+            "journal": {"open": self.admission.waiting() + self.admission.running(), "recalled": recalled, "bytes": recalled_bytes},
             "outbox": {"events": events, "bytes": bytes},
         });
         let message = Outgoing::json(self.decoder.base.health(), sample.to_string().into_bytes());

@@ -8,6 +8,7 @@ use millwright::worker::{Brain, Load, Prepare, Work};
 use millwright_engine::{Completion, Event, Finish, Prompt, Reads, Request, RequestError};
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -176,13 +177,25 @@ pub(crate) fn publish(port: u16, kind: &str, payload: &str, more: &[&str]) {
 pub(crate) struct Agent {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<anyhow::Result<()>>>,
+    _state: Option<tempfile::TempDir>,
 }
 
 impl Agent {
     pub(crate) fn start(port: u16, step: Duration) -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let agent = Self::start_in(state.path(), port, step);
+        Self {
+            _state: Some(state),
+            ..agent
+        }
+    }
+
+    /// With a state directory that may be another agent's of before.
+    pub(crate) fn start_in(state: &Path, port: u16, step: Duration) -> Self {
         let text = format!(
             "[gateway]\nsite='test'\nname='gw'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
-             [model]\nbundle='none'\nstate_dir='/tmp'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\n"
+             [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\n",
+            state.display()
         );
         let config = Config::parse(&text).unwrap();
         let (stop, stopped) = oneshot::channel();
@@ -199,6 +212,7 @@ impl Agent {
         Self {
             stop: Some(stop),
             thread: Some(thread),
+            _state: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Cancels that came before their task. Bounded by count and age; the oldest goes first.
 
 use crate::limits::CANCELS_MAX;
+use crate::recall::Gone;
 use crate::wire::Key;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,6 +11,7 @@ pub(super) struct Overtaken {
     age_max: Duration,
     /// Oldest first. Searched in order: there are few, and each is looked for once per new task.
     keys: VecDeque<(Duration, Key)>,
+    gone: Vec<Gone>,
 }
 
 impl Overtaken {
@@ -17,15 +19,26 @@ impl Overtaken {
         Self {
             age_max,
             keys: VecDeque::new(),
+            gone: Vec::new(),
         }
     }
 
     pub(super) fn put(&mut self, now: Duration, key: Key) {
         self.keys.retain(|(_, k)| *k != key);
         if self.keys.len() >= CANCELS_MAX {
-            self.keys.pop_front();
+            self.forget_oldest();
         }
         self.keys.push_back((now, key));
+    }
+
+    /// What bounds took since this was last asked.
+    pub(super) fn take_gone(&mut self) -> Vec<Gone> {
+        std::mem::take(&mut self.gone)
+    }
+
+    fn forget_oldest(&mut self) {
+        let oldest = self.keys.pop_front();
+        self.gone.extend(oldest.map(|(_, key)| Gone::Cancel(key)));
     }
 
     /// Whether `key` was cancelled; the cancel is used up.
@@ -35,7 +48,7 @@ impl Overtaken {
             .front()
             .is_some_and(|(at, _)| now.saturating_sub(*at) > self.age_max)
         {
-            self.keys.pop_front();
+            self.forget_oldest();
         }
         let Some(at) = self.keys.iter().position(|(_, k)| k == key) else {
             return false;

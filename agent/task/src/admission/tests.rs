@@ -4,11 +4,10 @@ use super::*;
 use crate::job::Class;
 use crate::wire::{Finish, Format, Kind, Provenance, Sampling, decode_event};
 use proptest::prelude::*;
-use std::collections::HashSet;
 
 fn at(seconds: u64) -> Now {
     Now {
-        boot: Duration::from_secs(seconds),
+        own: Duration::from_secs(seconds),
         wall_ms: seconds * 1000,
         synced: true,
     }
@@ -231,7 +230,8 @@ fn a_resent_task_runs_once_and_is_answered_with_the_same_bytes() {
         deadline: Duration::from_secs(90),
         ..task("a")
     };
-    assert_eq!(offer(&mut gate, 1, resent.clone()).0, Decision::Repeated);
+    let moved = Decision::Repeated { moved: true };
+    assert_eq!(offer(&mut gate, 1, resent.clone()).0, moved);
     let (ticket, ()) = gate.next(at(1)).unwrap();
     let last = gate.finish(at(2), ticket, done("text")).unwrap();
     assert_eq!(last.reply.topic, "elsewhere");
@@ -383,10 +383,10 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
         .unwrap();
     assert_eq!(post.event, "cancelled");
     assert!(
-        matches!(cancel("runs", &mut gate), Cancelled::Nothing(post) if post.event == "already_final")
+        matches!(cancel("runs", &mut gate), Cancelled::AlreadyFinal(post) if post.event == "already_final")
     );
     assert!(
-        matches!(cancel("later", &mut gate), Cancelled::Nothing(post) if post.event == "unknown")
+        matches!(cancel("later", &mut gate), Cancelled::Unknown(post) if post.event == "unknown")
     );
     assert_eq!(
         offer(&mut gate, 2, task("later")).0,
@@ -394,7 +394,7 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
     );
     assert!(matches!(
         cancel("too-late", &mut gate),
-        Cancelled::Nothing(_)
+        Cancelled::Unknown(_)
     ));
     accepted(
         offer(
@@ -425,7 +425,7 @@ fn a_finish_that_crosses_the_cancel_is_done() {
 }
 
 #[test]
-fn a_closed_gate_still_answers_what_it_knows_and_the_end_of_grace_ends_all() {
+fn a_closed_gate_still_answers_what_it_knows() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("runs"));
     let (ticket, ()) = gate.next(at(0)).unwrap();
@@ -435,15 +435,11 @@ fn a_closed_gate_still_answers_what_it_knows_and_the_end_of_grace_ends_all() {
         offer(&mut gate, 1, task("new")).0,
         Decision::Refused(Code::Draining)
     );
-    assert_eq!(offer(&mut gate, 1, task("waits")).0, Decision::Repeated);
-    let due = gate.stop_everything(at(10));
-    assert_eq!((due.posts.len(), due.stop), (1, vec![ticket]));
-    assert!(matches!(body(&due.posts[0]), Body::Failed(r) if r.code == Code::Draining));
-    let post = gate
-        .finish(at(10), ticket, Outcome::Stopped(Product::default()))
-        .unwrap();
-    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::Draining));
-    assert!(gate.is_idle());
+    let again = Decision::Repeated { moved: false };
+    assert_eq!(offer(&mut gate, 1, task("waits")).0, again);
+    let post = gate.finish(at(10), ticket, done("x")).unwrap();
+    assert_eq!(post.event, "done");
+    assert_eq!(gate.waiting(), 1, "it waits for the next start");
 }
 
 #[test]
@@ -465,6 +461,45 @@ fn an_answer_beyond_its_bound_fails_and_is_never_cut() {
     assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::TooLarge));
 }
 
+#[test]
+fn a_task_that_takes_the_gateway_down_each_time_fails_in_the_end() {
+    let kept = |begun| Kept {
+        ticket: Ticket(7),
+        task: task("a"),
+        begun,
+        cancelled: false,
+    };
+    let mut gate = Admission::new(rules());
+    let post = gate
+        .resume(at(0), kept(limits::BEGUN_MAX - 1), |_| Ok(()))
+        .unwrap();
+    assert_eq!((post.event, post.ticket), ("accepted", Ticket(7)));
+    let mut gate = Admission::new(rules());
+    let post = gate
+        .resume(at(0), kept(limits::BEGUN_MAX), |_| Ok(()))
+        .unwrap_err();
+    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::Internal));
+    // Resent, it is answered with that.
+    assert_eq!(offer(&mut gate, 1, task("a")).0, Decision::Recalled);
+    // Later runs have other names.
+    let decision = offer(&mut gate, 1, task("b")).0;
+    assert_eq!(decision, Decision::Accepted(Ticket(8)));
+}
+
+#[test]
+fn a_task_that_the_model_no_longer_takes_says_so_after_a_restart() {
+    let mut gate: Admission<()> = Admission::new(rules());
+    let kept = Kept {
+        ticket: Ticket(1),
+        task: task("a"),
+        begun: 0,
+        cancelled: false,
+    };
+    let refusal = |_: &Task| Err(Refusal::context_overflow(9000, 100));
+    let post = gate.resume(at(0), kept, refusal).unwrap_err();
+    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::ContextOverflow));
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Offer(u8, u8, u64),
@@ -472,7 +507,7 @@ enum Op {
     Next,
     Finish(bool),
     Pass(u64),
-    StopEverything,
+    Restart,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -482,57 +517,141 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => Just(Op::Next),
         4 => any::<bool>().prop_map(Op::Finish),
         3 => (0u64..20).prop_map(Op::Pass),
-        1 => Just(Op::StopEverything),
+        1 => Just(Op::Restart),
     ];
     proptest::collection::vec(op, 0..120)
 }
 
+/// A gate, and what a journal would hold of it.
+struct Life {
+    rules: Rules,
+    gate: Admission<()>,
+    now: u64,
+    open: HashMap<String, Kept>,
+    finals: Vec<(Key, Recalled)>,
+    running: Vec<Ticket>,
+}
+
+impl Life {
+    fn new(rules: Rules) -> Self {
+        Self {
+            gate: Admission::new(rules.clone()),
+            rules,
+            now: 0,
+            open: HashMap::new(),
+            finals: Vec::new(),
+            running: Vec::new(),
+        }
+    }
+
+    fn obey(&mut self, op: &Op) {
+        match *op {
+            Op::Offer(id, priority, seconds) => self.offer(&id.to_string(), priority, seconds),
+            Op::Cancel(id) => self.cancel(&id.to_string()),
+            Op::Next => {
+                if let Some((ticket, ())) = self.gate.next(at(self.now)) {
+                    self.kept(ticket).begun += 1;
+                    self.running.push(ticket);
+                }
+            }
+            Op::Finish(whole) => {
+                if let Some(ticket) = self.running.pop() {
+                    let nothing = Outcome::Stopped(Product::default());
+                    let outcome = if whole { done("x") } else { nothing };
+                    let post = self.gate.finish(at(self.now), ticket, outcome).unwrap();
+                    self.end(&post);
+                    assert!(self.gate.finish(at(self.now), ticket, done("x")).is_none());
+                }
+            }
+            Op::Pass(seconds) => {
+                self.now += seconds;
+                let due = self.gate.tick(at(self.now));
+                due.posts.iter().for_each(|post| self.end(post));
+                assert!(due.stop.iter().all(|t| self.running.contains(t)));
+            }
+            Op::Restart => self.restart(),
+        }
+    }
+
+    fn offer(&mut self, id: &str, priority: u8, seconds: u64) {
+        let deadline = Duration::from_secs(self.now + seconds);
+        let task = Task {
+            priority,
+            deadline,
+            ..task(id)
+        };
+        let (decision, _) = self.gate.offer(at(self.now), task.clone(), |_| Ok(()));
+        if let Decision::Accepted(ticket) = decision {
+            let kept = Kept {
+                ticket,
+                task,
+                begun: 0,
+                cancelled: false,
+            };
+            assert!(self.open.insert(id.into(), kept).is_none());
+        }
+    }
+
+    fn cancel(&mut self, id: &str) {
+        match self.gate.cancel(at(self.now), &key(id), &reply("x")) {
+            Cancelled::Waiting(post) => self.end(&post),
+            Cancelled::Running(ticket) => {
+                assert!(self.running.contains(&ticket));
+                self.kept(ticket).cancelled = true;
+            }
+            Cancelled::AlreadyFinal(post) | Cancelled::Unknown(post) => {
+                assert!(!self.open.contains_key(&post.key.task));
+            }
+        }
+    }
+
+    fn kept(&mut self, ticket: Ticket) -> &mut Kept {
+        let mut all = self.open.values_mut();
+        all.find(|kept| kept.ticket == ticket).unwrap()
+    }
+
+    fn end(&mut self, post: &Post) {
+        assert_eq!(post.class, Class::Final);
+        let kept = self.open.remove(&post.key.task);
+        assert_eq!(kept.expect("it ends once").ticket, post.ticket);
+        let now = Duration::from_secs(self.now);
+        let recalled = Recalled::new(post.ticket, now, [1; 32], post.event, post.bytes.clone());
+        self.finals.push((post.key.clone(), recalled));
+    }
+
+    fn restart(&mut self) {
+        let now = at(self.now);
+        self.gate = Admission::new(self.rules.clone());
+        self.running.clear();
+        for (key, recalled) in self.finals.clone() {
+            self.gate.recall(now, key, recalled);
+        }
+        let mut open: Vec<_> = self.open.values().cloned().collect();
+        open.sort_by_key(|kept| kept.ticket);
+        for kept in open {
+            let (ticket, must_end) = (kept.ticket, kept.cancelled || kept.begun >= 5);
+            match self.gate.resume(now, kept, |_| Ok(())) {
+                Ok(post) => assert_eq!((post.ticket, must_end), (ticket, false)),
+                Err(post) => self.end(&post),
+            }
+        }
+    }
+}
+
 proptest! {
-    /// Whatever happens, each accepted task gets exactly one final event, and the bounds hold.
+    /// Whatever happens, restarts too, each accepted task gets exactly one final event, and the bounds hold.
     #[test]
     fn every_accepted_task_ends_exactly_once(ops in ops()) {
         let rules = Rules { slots: 2, queue_tasks_max: 3, queue_bytes_max: 350, ..rules() };
-        let mut gate = Admission::new(rules);
-        let (mut now, mut open, mut running) = (0, HashSet::new(), Vec::new());
-        let end = |open: &mut HashSet<String>, post: Post| {
-            assert_eq!(post.class, Class::Final);
-            assert!(open.remove(&post.key.task), "{} ended twice", post.key.task);
-        };
+        let mut life = Life::new(rules);
         for op in ops {
-            match op {
-                Op::Offer(id, priority, deadline) => {
-                    let id = id.to_string();
-                    let task = Task { priority, deadline: Duration::from_secs(now + deadline), ..task(&id) };
-                    if matches!(gate.offer(at(now), task, |_| Ok(())).0, Decision::Accepted(_)) {
-                        prop_assert!(open.insert(id));
-                    }
-                }
-                Op::Cancel(id) => match gate.cancel(at(now), &key(&id.to_string()), &reply("x")) {
-                    Cancelled::Waiting(post) => end(&mut open, post),
-                    Cancelled::Running(ticket) => prop_assert!(running.contains(&ticket)),
-                    Cancelled::Nothing(post) => prop_assert!(!open.contains(&post.key.task)),
-                },
-                Op::Next => running.extend(gate.next(at(now)).map(|(ticket, ())| ticket)),
-                Op::Finish(whole) => if let Some(ticket) = running.pop() {
-                    let outcome = if whole { done("x") } else { Outcome::Stopped(Product::default()) };
-                    end(&mut open, gate.finish(at(now), ticket, outcome).unwrap());
-                    prop_assert!(gate.finish(at(now), ticket, done("x")).is_none());
-                },
-                Op::Pass(seconds) => {
-                    now += seconds;
-                    let due = gate.tick(at(now));
-                    due.posts.into_iter().for_each(|post| end(&mut open, post));
-                    prop_assert!(due.stop.iter().all(|t| running.contains(t)));
-                }
-                Op::StopEverything => {
-                    gate.stop_everything(at(now)).posts.into_iter().for_each(|post| end(&mut open, post));
-                    prop_assert_eq!(gate.waiting(), 0);
-                }
-            }
-            prop_assert!(gate.running() == running.len() && running.len() <= 2);
-            prop_assert!(gate.waiting() <= 5 && gate.waiting_bytes <= 350);
-            prop_assert_eq!(gate.waiting() + gate.running(), open.len());
-            prop_assert_eq!(gate.is_idle(), open.is_empty());
+            life.obey(&op);
+            let (gate, running) = (&life.gate, life.running.len());
+            prop_assert!(gate.running() == running && running <= 2);
+            // What ran before a restart waits again.
+            prop_assert!(gate.waiting() <= 5 && gate.waiting_bytes <= 550);
+            prop_assert_eq!(gate.waiting() + gate.running(), life.open.len());
+            prop_assert_eq!(gate.is_idle(), life.open.is_empty());
         }
     }
 }

@@ -96,6 +96,23 @@ impl Body {
         }
     }
 
+    /// The name as it stands in the code, if it is one.
+    pub fn named(name: &str) -> Option<&'static str> {
+        const NAMES: [&str; 10] = [
+            "accepted",
+            "started",
+            "delta",
+            "done",
+            "rejected",
+            "failed",
+            "cancelled",
+            "expired",
+            "already_final",
+            "unknown",
+        ];
+        NAMES.into_iter().find(|known| *known == name)
+    }
+
     /// Whether nothing follows in this run.
     pub fn is_final(&self) -> bool {
         !matches!(
@@ -271,7 +288,7 @@ mod tests {
             task: "t1".into(),
         };
         let now = Now {
-            boot: Duration::ZERO,
+            own: Duration::ZERO,
             wall_ms: 1_000,
             synced: true,
         };

@@ -47,7 +47,7 @@ pub struct Task {
     pub sampling: Sampling,
     pub priority: u8,
     pub stream: bool,
-    /// By the boot-time clock.
+    /// By the gateway's own time.
     pub deadline: Duration,
     pub reply: Reply,
     /// Of all but id, reply topic, correlation and deadline: what makes a resent task the same.
@@ -252,7 +252,7 @@ impl Decoder {
             .flatten()
             .min()
             .unwrap_or(self.bounds.deadline_default);
-        Ok(now.boot + left.min(self.bounds.deadline_max))
+        Ok(now.own + left.min(self.bounds.deadline_max))
     }
 }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 const NOW: Now = Now {
-    boot: Duration::from_secs(100),
+    own: Duration::from_secs(100),
     wall_ms: 1_700_000_000_000,
     synced: true,
 };
@@ -287,7 +287,7 @@ fn the_earliest_deadline_wins() {
             .decode(NOW, &envelope)
             .unwrap()
             .deadline
-            .checked_sub(NOW.boot)
+            .checked_sub(NOW.own)
             .unwrap()
     };
     assert_eq!(left(&task, Some(20)), Duration::from_secs(9));
