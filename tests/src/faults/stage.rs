@@ -1,0 +1,210 @@
+//! A plant for one case: a broker, a network that can fail, an agent with the tiny model, a requester, and a look at the
+//! agent's memory all the while. Knows no fault by name.
+
+use super::judge::Verdict;
+use super::oracle::{Load, Oracle};
+use super::proxy::Proxy;
+use crate::{Agent, Broker, Client, Keeps, Security, Setup};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What the agent may take beyond what it takes with nothing to do: the sum in agent/task/src/limits.rs.
+const BUDGET_KIB: u64 = 64 * 1024;
+/// How long outcomes may take once the faults are over.
+const SETTLE: Duration = Duration::from_secs(60);
+
+/// How a plant is set up, where it is not as usual.
+#[derive(Clone)]
+pub(super) struct Plant {
+    pub(super) keeps: Keeps,
+    pub(super) security: Security,
+    pub(super) setup: Setup,
+    pub(super) load: Load,
+    pub(super) settle: Duration,
+}
+
+impl Plant {
+    pub(super) fn new(seed: u64) -> Self {
+        let setup = Setup {
+            // One thread: nothing is measured at the first start.
+            model: "threads = 1\nslots = 4".into(),
+            ..Setup::default()
+        };
+        let load = Load {
+            seed,
+            ..Load::default()
+        };
+        Self {
+            keeps: Keeps::AtTheEnd,
+            security: Security::Open,
+            setup,
+            load,
+            settle: SETTLE,
+        }
+    }
+}
+
+/// A running plant.
+pub(super) struct Stage {
+    pub(super) broker: Broker,
+    pub(super) proxy: Proxy,
+    pub(super) agent: Agent,
+    pub(super) oracle: Oracle,
+    /// How often the agent ended without having been told to.
+    pub(super) left: usize,
+    watch: Watch,
+    settle: Duration,
+}
+
+impl Stage {
+    pub(super) fn start(mut plant: Plant) -> Self {
+        let broker = Broker::with(plant.security, plant.keeps);
+        let proxy = if plant.security == Security::Tls {
+            let ca = broker.file("ca.pem").display().to_string();
+            plant.setup.broker = format!("[broker.tls]\nca = '{ca}'\n");
+            Proxy::opaque(broker.port)
+        } else {
+            Proxy::new(broker.port)
+        };
+        plant.setup.port = Some(proxy.port);
+        let agent = Agent::with(&broker, &plant.setup);
+        let watch = Watch::start(agent.id());
+        // What is sent to a gateway that never subscribed is lost, and would cost a resend.
+        Client::connect(&broker, "console").await_state("online");
+        let oracle = Oracle::start(broker.client_port, plant.load);
+        let stage = Self {
+            broker,
+            proxy,
+            agent,
+            oracle,
+            left: 0,
+            watch,
+            settle: plant.settle,
+        };
+        stage.await_progress(1);
+        stage
+    }
+
+    /// Waits until this many more tasks have an outcome, or for as long as that should ever take.
+    pub(super) fn await_progress(&self, tasks: usize) {
+        self.await_settled(self.oracle.settled() + tasks, Duration::from_secs(30));
+    }
+
+    pub(super) fn await_settled(&self, tasks: usize, within: Duration) {
+        let deadline = Instant::now() + within;
+        while self.oracle.settled() < tasks && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(super) fn kill_agent(&mut self) {
+        self.agent.kill();
+    }
+
+    pub(super) fn restart_agent(&mut self) {
+        self.agent.restart();
+        self.watch.pid.store(self.agent.id(), Ordering::Relaxed);
+    }
+
+    /// For a while, does what a service manager does: starts the agent again when it has left.
+    pub(super) fn nurse(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            if !self.agent.is_running() {
+                self.left += 1;
+                std::thread::sleep(Duration::from_millis(300));
+                self.restart_agent();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether the agent ended by itself within a time.
+    pub(super) fn ends_within(&mut self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            if !self.agent.is_running() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+
+    /// The faults are over: all outcomes, and the judgement. The agent's highest memory in KiB.
+    pub(super) fn finish(mut self) -> (Verdict, u64) {
+        let alive = self.agent.is_running();
+        let mut verdict = self.oracle.finish(self.settle);
+        let peak = self.watch.peak.load(Ordering::Relaxed);
+        let idle = self.watch.idle.load(Ordering::Relaxed);
+        if !alive {
+            verdict.violate("the agent was not running when the faults were over".into());
+        }
+        if peak > idle + BUDGET_KIB {
+            verdict.violate(format!(
+                "the agent took {peak} KiB of memory, {idle} KiB at its start"
+            ));
+        }
+        if verdict.violations > 0 {
+            let log = self.agent.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = &lines[lines.len().saturating_sub(30)..];
+            verdict
+                .told
+                .push(format!("agent's log:\n  {}", tail.join("\n  ")));
+        }
+        (verdict, peak)
+    }
+}
+
+/// Reads an agent's highest resident memory, over all of its lives.
+struct Watch {
+    pid: Arc<AtomicU32>,
+    /// Of the first life, when it first was seen.
+    idle: Arc<AtomicU64>,
+    peak: Arc<AtomicU64>,
+    over: Arc<AtomicBool>,
+}
+
+impl Watch {
+    fn start(pid: u32) -> Self {
+        let watch = Self {
+            pid: Arc::new(AtomicU32::new(pid)),
+            idle: Arc::default(),
+            peak: Arc::default(),
+            over: Arc::default(),
+        };
+        let (pid, idle, peak, over) = (
+            Arc::clone(&watch.pid),
+            Arc::clone(&watch.idle),
+            Arc::clone(&watch.peak),
+            Arc::clone(&watch.over),
+        );
+        std::thread::spawn(move || {
+            let began = Instant::now();
+            while !over.load(Ordering::Relaxed) {
+                let now = peak_kib(pid.load(Ordering::Relaxed)).unwrap_or(0);
+                peak.fetch_max(now, Ordering::Relaxed);
+                // Its model is mapped and it has begun to work.
+                if began.elapsed() < Duration::from_secs(1) {
+                    idle.fetch_max(now, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        watch
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+fn peak_kib(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
