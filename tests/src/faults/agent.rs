@@ -24,6 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
         let run = move |scale| crash_at(scale, point);
         all.push(Case::new("agent", format!("killed {point}"), run));
     }
+    all.push(Case::new("agent", "SIGTERM, started again", terms));
     all.push(Case::new("agent", "SIGSTOP, SIGCONT", freezes));
     all
 }
@@ -41,6 +42,19 @@ fn kills(scale: Scale) -> Finding {
     Finding::Ran(Ran::of(stage, times, ""))
 }
 
+/// Its tasks are short, so that what runs ends within the grace and nothing is cancelled for it.
+fn terms(scale: Scale) -> Finding {
+    let times = scale.pick(3, 50);
+    let mut stage = Stage::start(Plant::new(scale.seed));
+    for _ in 0..times {
+        stage.await_progress(20);
+        stage.agent.terminate();
+        stage.agent.ended();
+        stage.restart_agent();
+    }
+    Finding::Ran(Ran::of(stage, times, ""))
+}
+
 fn crash_at(scale: Scale, point: &str) -> Finding {
     let mut chance = Chance::new(scale.seed);
     let mut stage = Stage::start(Plant::new(scale.seed));
@@ -52,13 +66,13 @@ fn crash_at(scale: Scale, point: &str) -> Finding {
         let env = (CRASH_AT.to_owned(), format!("{point}:{pass}"));
         stage.agent.set_env(vec![env]);
         stage.restart_agent();
-        if !stage.ends_within(Duration::from_secs(5)) {
+        if stage.ends_within(Duration::from_secs(5)) {
+            reached += 1;
+        } else {
             stage.kill_agent();
             if reached == 0 {
                 break;
             }
-        } else {
-            reached += 1;
         }
         stage.agent.set_env(Vec::new());
         stage.restart_agent();

@@ -106,7 +106,7 @@ fn full(scale: Scale) -> Finding {
     for _ in 0..times {
         stage.await_progress(20);
         let ballast = mount.fill();
-        stage.nurse(Duration::from_millis(2000));
+        stage.nurse(Duration::from_secs(2));
         fs::remove_file(ballast).expect("the ballast");
         stage.nurse(Duration::from_millis(500));
     }
@@ -139,8 +139,8 @@ fn read_only(scale: Scale) -> Finding {
 }
 
 /// A stage whose agent runs on the shim. Its state was made before without it: the packed model is not meant here.
-fn shimmed(scale: Scale, state: &Path, undo: bool) -> Result<(Stage, Shim), String> {
-    let shim = Shim::new(state)?;
+fn shimmed(scale: Scale, state: &Path, undo: bool) -> Result<(Stage, Shim), Box<Finding>> {
+    let shim = Shim::new(state).map_err(|why| Box::new(Finding::Skipped(why)))?;
     let mut stage = Stage::start(plant(scale, state));
     stage.kill_agent();
     stage.agent.set_env(shim.env(undo));
@@ -148,9 +148,7 @@ fn shimmed(scale: Scale, state: &Path, undo: bool) -> Result<(Stage, Shim), Stri
     stage.await_progress(10);
     if shim.get(Field::DiskCalls) == 0 {
         let why = "the agent writes nothing below its state folder while it works";
-        // It is at work: ended and judged all the same, so that nothing stays behind.
-        let _ = stage.finish();
-        return Err(why.into());
+        return Err(Box::new(Finding::Ran(Ran::of(stage, 0, why))));
     }
     Ok((stage, shim))
 }
@@ -159,7 +157,7 @@ fn fails(scale: Scale, field: Field, errno: i64) -> Finding {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (mut stage, shim) = match shimmed(scale, folder.path(), false) {
         Ok(both) => both,
-        Err(why) => return Finding::Skipped(why),
+        Err(finding) => return *finding,
     };
     shim.set(Field::WriteErrno, errno);
     for percent in [2, 30, 100].repeat(scale.pick(1, 20)) {
@@ -178,7 +176,7 @@ fn power_cuts(scale: Scale) -> Finding {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (mut stage, shim) = match shimmed(scale, folder.path(), true) {
         Ok(both) => both,
-        Err(why) => return Finding::Skipped(why),
+        Err(finding) => return *finding,
     };
     let mut chance = Chance::new(scale.seed);
     let (times, mut lost) = (scale.pick(6, 200), 0);

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 /// Violations told in full; the others are counted.
-const TOLD_MAX: usize = 20;
+const TOLD_MAX: usize = 4;
 /// What is remembered of a task's events, to tell how a violation came about.
 const HISTORY_MAX: usize = 40;
 /// A refusal with one of these asks to try again later.
@@ -159,12 +159,12 @@ impl Judge {
         let task = &mut self.tasks[n];
         task.sent += 1;
         self.verdict.resent += usize::from(task.sent > 1 && task.finals.is_empty());
-        self.note(n, Instant::now(), "→ task".into());
+        self.note(n, Instant::now(), "→ task");
     }
 
     pub(super) fn cancel_sent(&mut self, n: usize) {
         self.tasks[n].cancels_sent += 1;
-        self.note(n, Instant::now(), "→ cancel".into());
+        self.note(n, Instant::now(), "→ cancel");
     }
 
     pub(super) fn ask_again(&mut self, n: usize) {
@@ -199,7 +199,7 @@ impl Judge {
             return None;
         };
         let name = text("event");
-        self.note(n, seen.at, brief(&event));
+        self.note(n, seen.at, &brief(&event));
         self.judge_address(n, seen, &name);
         self.judge_order(n, seen, &event);
         let mut retry_after = None;
@@ -350,7 +350,7 @@ impl Judge {
         None
     }
 
-    fn note(&mut self, n: usize, at: Instant, what: String) {
+    fn note(&mut self, n: usize, at: Instant, what: &str) {
         let history = &mut self.tasks[n].history;
         if history.len() < HISTORY_MAX {
             let ms = at.saturating_duration_since(self.began).as_millis();

@@ -46,6 +46,9 @@ impl Default for Load {
     }
 }
 
+/// Of a hundred tasks, how many are sent again soon after their outcome, while faults go on.
+const AGAIN_SOON: u32 = 10;
+
 /// A requester at work.
 pub(super) struct Oracle {
     shared: Arc<Shared>,
@@ -56,7 +59,6 @@ pub(super) struct Oracle {
 struct Shared {
     closed: AtomicBool,
     over: AtomicBool,
-    issued: AtomicUsize,
     settled: AtomicUsize,
 }
 
@@ -92,6 +94,8 @@ struct Pending {
     at: Instant,
     patience: Duration,
     cancel_at: Option<Instant>,
+    /// It has its outcome, which is to come again.
+    again: bool,
 }
 
 struct Requester {
@@ -153,17 +157,22 @@ impl Requester {
         };
         let n = news.task;
         let now = Instant::now();
-        let over = self.judge.is_settled(n) && (!self.asking_again || self.judge.is_repeated(n));
-        if over {
-            if self.open.remove(&n) && !self.asking_again {
-                self.shared.settled.fetch_add(1, Ordering::Relaxed);
-            }
-            self.pending[n] = None;
-        } else if let Some(pending) = &mut self.pending[n] {
+        let Some(pending) = &mut self.pending[n] else {
+            return;
+        };
+        if !self.judge.is_settled(n) || (pending.again && !self.judge.is_repeated(n)) {
             // A refusal says when; any other sign of life restarts the wait.
-            let wait = news.retry_after.unwrap_or(pending.patience);
-            pending.at = now + wait;
+            pending.at = now + news.retry_after.unwrap_or(pending.patience);
+            return;
         }
+        if !pending.again {
+            self.shared.settled.fetch_add(1, Ordering::Relaxed);
+            if self.chance.percent(AGAIN_SOON) {
+                self.again.push_back(n);
+            }
+        }
+        self.pending[n] = None;
+        self.open.remove(&n);
     }
 
     fn is_closed(&self) -> bool {
@@ -171,17 +180,17 @@ impl Requester {
         issued >= self.load.tasks_max || self.shared.closed.load(Ordering::Relaxed)
     }
 
-    /// New tasks; or, at the end, the same ones again.
+    /// New tasks, and now and then one again that has its outcome; at the end only these.
     fn issue(&mut self) {
         while self.open.len() < self.load.open_max {
             let now = Instant::now();
-            let (n, cancel_at) = if self.asking_again {
-                let Some(n) = self.again.pop_front() else {
-                    return;
-                };
+            let closed = self.is_closed();
+            let again = closed || self.chance.percent(AGAIN_SOON);
+            let old = if again { self.again.pop_front() } else { None };
+            let (n, cancel_at) = if let Some(n) = old {
                 self.judge.ask_again(n);
                 (n, None)
-            } else if self.is_closed() {
+            } else if closed {
                 return;
             } else {
                 let request = Request::new(self.load.seed, self.judge.len(), self.load.tokens_max);
@@ -190,13 +199,13 @@ impl Requester {
                 let after = Duration::from_millis(self.chance.below(40));
                 let n = self.judge.expect(request, cancelled);
                 self.pending.push(None);
-                self.shared.issued.fetch_add(1, Ordering::Relaxed);
                 (n, cancelled.then(|| now + after))
             };
             self.pending[n] = Some(Pending {
                 at: now,
                 patience: self.load.patience,
                 cancel_at,
+                again: old.is_some(),
             });
             self.open.insert(n);
             if cancel_at.is_some() && n.is_multiple_of(5) {

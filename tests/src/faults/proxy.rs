@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub(super) struct Plan {
 /// A running relay. Its threads end with their connections, its listener with the process.
 pub(super) struct Proxy {
     pub(super) port: u16,
+    /// How many the agent has begun.
+    pub(super) connections: Arc<AtomicUsize>,
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -88,12 +91,19 @@ impl Proxy {
             ..Shared::default()
         }));
         let own = Arc::clone(&shared);
+        let connections = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&connections);
         std::thread::spawn(move || {
             for agent in listener.incoming().flatten() {
+                count.fetch_add(1, Ordering::Relaxed);
                 relay(&own, agent);
             }
         });
-        Self { port, shared }
+        Self {
+            port,
+            connections,
+            shared,
+        }
     }
 
     /// Replaces what was planned.
@@ -170,12 +180,14 @@ fn relay(shared: &Arc<Mutex<Shared>>, agent: TcpStream) {
     }
 }
 
+type Doubled = HashSet<(Direction, [u8; 2])>;
+
 /// One direction of one connection.
 struct Pump {
     direction: Direction,
     shared: Arc<Mutex<Shared>>,
     /// Whose next acknowledgement is kept back: the receiver's direction and the packet's id.
-    doubled: Arc<Mutex<HashSet<(Direction, [u8; 2])>>>,
+    doubled: Arc<Mutex<Doubled>>,
     to: TcpStream,
     late: Option<Vec<u8>>,
 }
@@ -330,7 +342,7 @@ mod tests {
     fn packets_are_told_apart() {
         assert_eq!(packet_length(&[0x30]), None);
         assert_eq!(packet_length(&[0xc0, 0, 0xd0, 0]), Some(2));
-        let mut long = vec![0x30, 0x80 | 44, 1];
+        let mut long = vec![0x30, 0x80 | 0x2c, 1];
         long.resize(3 + 171, 0);
         assert_eq!(packet_length(&long), None);
         long.push(0);
