@@ -19,7 +19,10 @@ const POINTS: [&str; 8] = [
 const CRASH_AT: &str = "MILLWRIGHT_CRASH_AT";
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut all = vec![Case::new("agent", "SIGKILL at random times", kills)];
+    let mut all = vec![
+        Case::new("agent", "SIGKILL at random times", |s| kills(s, true)),
+        Case::new("agent", "SIGKILL, nobody resends", |s| kills(s, false)),
+    ];
     for point in POINTS {
         let run = move |scale| crash_at(scale, point);
         all.push(Case::new("agent", format!("killed {point}"), run));
@@ -29,10 +32,12 @@ pub(super) fn cases() -> Vec<Case> {
     all
 }
 
-fn kills(scale: Scale) -> Finding {
+fn kills(scale: Scale, resends: bool) -> Finding {
     let times = scale.pick(15, 500);
     let mut chance = Chance::new(scale.seed);
-    let mut stage = Stage::start(Plant::new(scale.seed));
+    let mut plant = Plant::new(scale.seed);
+    plant.load.resends = resends;
+    let mut stage = Stage::start(plant);
     for _ in 0..times {
         // Some kills hit the start, most the work.
         std::thread::sleep(chance.millis(20, 700));

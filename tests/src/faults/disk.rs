@@ -29,11 +29,10 @@ pub(super) fn cases() -> Vec<Case> {
         let run = move |scale| fails(scale, field, errno);
         all.push(Case::new("disk", name, run));
     }
-    all.push(Case::new(
-        "disk",
-        "power cut: unsynced writes lost",
-        power_cuts,
-    ));
+    let lost = "power cut: unsynced writes lost";
+    all.push(Case::new("disk", lost, |s| power_cuts(s, true)));
+    let once = "power cut, nobody resends";
+    all.push(Case::new("disk", once, |s| power_cuts(s, false)));
     all
 }
 
@@ -139,9 +138,9 @@ fn read_only(scale: Scale) -> Finding {
 }
 
 /// A stage whose agent runs on the shim. Its state was made before without it: the packed model is not meant here.
-fn shimmed(scale: Scale, state: &Path, undo: bool) -> Result<(Stage, Shim), Box<Finding>> {
+fn shimmed(plant: Plant, state: &Path, undo: bool) -> Result<(Stage, Shim), Box<Finding>> {
     let shim = Shim::new(state).map_err(|why| Box::new(Finding::Skipped(why)))?;
-    let mut stage = Stage::start(plant(scale, state));
+    let mut stage = Stage::start(plant);
     stage.kill_agent();
     stage.agent.set_env(shim.env(undo));
     stage.restart_agent();
@@ -155,7 +154,7 @@ fn shimmed(scale: Scale, state: &Path, undo: bool) -> Result<(Stage, Shim), Box<
 
 fn fails(scale: Scale, field: Field, errno: i64) -> Finding {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let (mut stage, shim) = match shimmed(scale, folder.path(), false) {
+    let (mut stage, shim) = match shimmed(plant(scale, folder.path()), folder.path(), false) {
         Ok(both) => both,
         Err(finding) => return *finding,
     };
@@ -172,9 +171,11 @@ fn fails(scale: Scale, field: Field, errno: i64) -> Finding {
     Finding::Ran(Ran::of(stage, times, note))
 }
 
-fn power_cuts(scale: Scale) -> Finding {
+fn power_cuts(scale: Scale, resends: bool) -> Finding {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let (mut stage, shim) = match shimmed(scale, folder.path(), true) {
+    let mut plant = plant(scale, folder.path());
+    plant.load.resends = resends;
+    let (mut stage, shim) = match shimmed(plant, folder.path(), true) {
         Ok(both) => both,
         Err(finding) => return *finding,
     };

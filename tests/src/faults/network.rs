@@ -1,5 +1,6 @@
 //! What can happen between the agent and its broker: cut at each type of packet, packets twice, in another order, late.
 
+use super::chance::Chance;
 use super::proxy::Act::{self, CutAfter, CutBefore, CutWithin, Late, Twice};
 use super::proxy::Direction::{self, ToAgent, ToBroker};
 use super::proxy::{Kind, Plan};
@@ -43,6 +44,11 @@ pub(super) fn cases() -> Vec<Case> {
         let run = move |scale| disorder(scale, direction, act);
         all.push(Case::new("network", name, run));
     }
+    all.push(Case::new(
+        "network",
+        "cut at any time, nobody resends",
+        any_cuts,
+    ));
     all.push(Case::new("network", "each packet 100 ms late", delays));
     all.push(Case::new("network", "silent, then goes on", stalls));
     all
@@ -100,6 +106,24 @@ fn disorder(scale: Scale, direction: Direction, act: Act) -> Finding {
     await_done(&stage);
     let times = stage.proxy.acted();
     Finding::Ran(Ran::of(stage, times, ""))
+}
+
+fn any_cuts(scale: Scale) -> Finding {
+    let mut chance = Chance::new(scale.seed);
+    let mut ran = Ran::default();
+    for round in 0..scale.pick(1, 20) {
+        let mut plant = Plant::new(scale.seed + round);
+        plant.load.resends = false;
+        let stage = Stage::start(plant);
+        for _ in 0..3 {
+            stage.await_progress(20);
+            std::thread::sleep(chance.millis(1, 50));
+            stage.proxy.cut(false);
+        }
+        stage.await_progress(20);
+        ran.add(Ran::of(stage, 3, ""));
+    }
+    Finding::Ran(ran)
 }
 
 fn delays(scale: Scale) -> Finding {

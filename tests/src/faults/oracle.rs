@@ -28,6 +28,9 @@ pub(super) struct Load {
     pub(super) cancelled: u32,
     /// How long nothing may come of a task before it is sent again.
     pub(super) patience: Duration,
+    /// Whether tasks are sent again at all, but for refused ones. If not, what the agent took must be answered all the
+    /// same: it was acknowledged, so it was on disk, or it was not, and the broker brings it again.
+    pub(super) resends: bool,
     /// Tasks that are sent once more when all is over: the final event must come again, byte for byte.
     pub(super) again_max: usize,
 }
@@ -41,6 +44,7 @@ impl Default for Load {
             tokens_max: 24,
             cancelled: 10,
             patience: Duration::from_secs(1),
+            resends: true,
             again_max: 1000,
         }
     }
@@ -115,6 +119,16 @@ struct Requester {
 impl Requester {
     fn new(port: u16, load: Load, shared: Arc<Shared>) -> Self {
         let (mqtt, incoming) = connect(port);
+        // A cancel and a task asked for again are no more than questions: who does not ask again may get no answer.
+        let load = if load.resends {
+            load
+        } else {
+            Load {
+                cancelled: 0,
+                patience: Duration::from_hours(1),
+                ..load
+            }
+        };
         Self {
             load,
             shared,
@@ -167,7 +181,7 @@ impl Requester {
         }
         if !pending.again {
             self.shared.settled.fetch_add(1, Ordering::Relaxed);
-            if self.chance.percent(AGAIN_SOON) {
+            if self.load.resends && self.chance.percent(AGAIN_SOON) {
                 self.again.push_back(n);
             }
         }
@@ -264,7 +278,7 @@ impl Requester {
         let wait = if sent.is_ok() {
             self.judge.sent(n);
             let wait = pending.patience;
-            pending.patience = (wait * 3 / 2).min(Duration::from_secs(10));
+            pending.patience = (wait * 3 / 2).min(Duration::from_secs(10).max(wait));
             wait
         } else {
             Duration::from_millis(100)

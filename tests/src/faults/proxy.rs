@@ -357,4 +357,39 @@ mod tests {
         assert_eq!(publish_id(&[0x32, 6, 0, 2, b'a', b'b', 1, 2]), Some([1, 2]));
         assert_eq!(publish_id(&[0x30, 4, 0, 2, b'a', b'b']), None);
     }
+
+    /// What a broker gets of these packets, sent through a proxy with a plan.
+    fn passed(act: Act, packets: &[&[u8]]) -> Vec<u8> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let proxy = Proxy::new(listener.local_addr().unwrap().port());
+        proxy.plan(Plan {
+            direction: Direction::ToBroker,
+            kind: Kind::Publish,
+            skip: 1,
+            act,
+            times: 1,
+        });
+        let mut agent = TcpStream::connect((Ipv4Addr::LOCALHOST, proxy.port)).unwrap();
+        for packet in packets {
+            agent.write_all(packet).unwrap();
+        }
+        agent.shutdown(Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        listener.accept().unwrap().0.read_to_end(&mut got).unwrap();
+        assert!(proxy.is_done() && proxy.acted() == 1);
+        got
+    }
+
+    #[test]
+    fn the_second_packet_meets_its_fate() {
+        let [a, b, c] = [b'a', b'b', b'c'].map(|topic| [0x32, 5, 0, 1, topic, 0, topic]);
+        let after = |act| passed(act, &[&a, &b, &c]);
+        assert_eq!(after(Act::CutBefore), a);
+        assert_eq!(after(Act::CutWithin), [&a[..], &b[..3]].concat());
+        assert_eq!(after(Act::CutAfter), [a, b].concat());
+        assert_eq!(after(Act::Late), [a, c, b].concat());
+        let mut again = b;
+        again[0] = 0x3a;
+        assert_eq!(after(Act::Twice), [a, b, again, c].concat());
+    }
 }

@@ -236,4 +236,52 @@ mod tests {
         });
         assert!(undone);
     }
+
+    /// Whether a shell command succeeds on the shim, and what it prints.
+    fn sh(shim: &Shim, undo: bool, command: &str) -> (bool, String) {
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(&shim.state)
+            .envs(shim.env(undo))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        (output.status.success(), said)
+    }
+
+    #[test]
+    fn the_shim_does_to_a_process_what_it_is_told() {
+        const COPY: &str = "dd if=/dev/zero of=file bs=8192 count=4 conv=fsync";
+        let folder = tempfile::tempdir().unwrap();
+        let shim = Shim::new(folder.path()).unwrap();
+        assert!(sh(&shim, false, COPY).0 && shim.get(Field::DiskCalls) > 0);
+        shim.set(Field::WriteErrno, ENOSPC);
+        for field in [Field::FsyncFails, Field::WriteFails, Field::WriteTorn] {
+            shim.set(field, 100);
+            assert!(!sh(&shim, false, COPY).0);
+            shim.set(field, 0);
+        }
+        assert!(shim.get(Field::Injected) >= 3);
+        shim.set(Field::ClockOffset, -50 * 366 * 86_400);
+        let year: u32 = sh(&shim, false, "date +%Y").1.parse().unwrap();
+        assert!(year < 2000, "{year}");
+    }
+
+    #[test]
+    fn a_power_cut_takes_what_was_not_synced() {
+        let folder = tempfile::tempdir().unwrap();
+        let shim = Shim::new(folder.path()).unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, vec![1; 4096]).unwrap();
+        let dd = |more: &str| format!("dd if=/dev/zero of=file bs=1024 conv=notrunc{more}");
+        assert!(sh(&shim, true, &dd(",fsync count=1")).0);
+        assert!(sh(&shim, true, &dd(" count=1 seek=2")).0);
+        // Each seed takes back another part: some time it is all.
+        let mut chance = Chance::new(1);
+        let taken = shim.power_cut(&mut chance);
+        let left = fs::read(&path).unwrap();
+        assert!(taken <= 1 && left.len() == 4096);
+        assert_eq!(left[..1024], [0; 1024], "what was synced stays");
+        assert_eq!(left[2048..][..1024] == [0; 1024], taken == 0);
+    }
 }
