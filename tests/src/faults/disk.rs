@@ -88,7 +88,9 @@ fn plant(scale: Scale, state: &Path) -> Plant {
     plant
 }
 
-fn left(stage: &Stage) -> String {
+/// The agent left, as it may on such a disk.
+fn left(stage: &mut Stage) -> String {
+    stage.may_leave = true;
     match stage.left {
         0 => String::new(),
         times => format!("the agent left {times} times and was started again"),
@@ -110,7 +112,7 @@ fn full(scale: Scale) -> Finding {
         stage.nurse(Duration::from_millis(500));
     }
     stage.nurse(Duration::from_secs(1));
-    let note = left(&stage);
+    let note = left(&mut stage);
     Finding::Ran(Ran::of(stage, times, note))
 }
 
@@ -133,7 +135,7 @@ fn read_only(scale: Scale) -> Finding {
         stage.nurse(Duration::from_millis(500));
     }
     stage.nurse(Duration::from_secs(1));
-    let note = left(&stage);
+    let note = left(&mut stage);
     Finding::Ran(Ran::of(stage, times, note))
 }
 
@@ -167,7 +169,7 @@ fn fails(scale: Scale, field: Field, errno: i64) -> Finding {
     }
     stage.nurse(Duration::from_secs(1));
     let times = shim.get(Field::Injected) as usize;
-    let note = left(&stage);
+    let note = left(&mut stage);
     Finding::Ran(Ran::of(stage, times, note))
 }
 

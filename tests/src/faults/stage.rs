@@ -5,6 +5,7 @@ use super::judge::Verdict;
 use super::oracle::{Load, Oracle};
 use super::proxy::Proxy;
 use crate::{Agent, Broker, Client, Keeps, Security, Setup};
+use std::os::unix::process::ExitStatusExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -53,6 +54,8 @@ pub(super) struct Stage {
     pub(super) oracle: Oracle,
     /// How often the agent ended without having been told to.
     pub(super) left: usize,
+    /// Whether it may: where its disk fails, it can do no better.
+    pub(super) may_leave: bool,
     watch: Watch,
     settle: Duration,
 }
@@ -80,6 +83,7 @@ impl Stage {
             agent,
             oracle,
             left: 0,
+            may_leave: false,
             watch,
             settle: plant.settle,
         };
@@ -100,7 +104,11 @@ impl Stage {
     }
 
     pub(super) fn kill_agent(&mut self) {
-        self.agent.kill();
+        if self.agent.is_running() {
+            self.agent.kill();
+        } else {
+            self.left += 1;
+        }
     }
 
     pub(super) fn restart_agent(&mut self) {
@@ -122,12 +130,13 @@ impl Stage {
         }
     }
 
-    /// Whether the agent ended by itself within a time.
-    pub(super) fn ends_within(&mut self, time: Duration) -> bool {
+    /// Whether the agent aborts by itself within a time. That it left for another reason is another matter.
+    pub(super) fn aborts_within(&mut self, time: Duration) -> bool {
+        const SIGABRT: i32 = 6;
         let deadline = Instant::now() + time;
         while Instant::now() < deadline {
-            if !self.agent.is_running() {
-                return true;
+            if let Some(status) = self.agent.status() {
+                return status.signal() == Some(SIGABRT);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -140,6 +149,10 @@ impl Stage {
         let mut verdict = self.oracle.finish(self.settle);
         let peak = self.watch.shared.peak.load(Ordering::Relaxed);
         let idle = self.watch.shared.idle.load(Ordering::Relaxed);
+        if self.left > 0 && !self.may_leave {
+            let times = self.left;
+            verdict.violate(format!("the agent left {times} times without a cause"));
+        }
         if !alive {
             verdict.violate("the agent was not running when the faults were over".into());
         }
