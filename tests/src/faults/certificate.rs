@@ -10,6 +10,9 @@ use std::time::Duration;
 /// The certificate is good for two days.
 const LATER: i64 = 10 * 86_400;
 
+/// Outcomes that may reach the requester late; with a connection there would be ten times as many.
+const STRAY_MAX: usize = 24;
+
 pub(super) fn cases() -> Vec<Case> {
     vec![Case::new("certificate", "expires mid-session", expires)]
 }
@@ -29,10 +32,12 @@ fn expires(scale: Scale) -> Finding {
         shim.set(Field::ClockOffset, LATER);
         stage.await_progress(20);
         stage.proxy.cut(false);
+        // What was answered before may still be on its way.
+        std::thread::sleep(Duration::from_millis(300));
         let before = stage.oracle.settled();
         std::thread::sleep(Duration::from_millis(1500));
         let refused = stage.agent.log().to_lowercase().contains("expired");
-        let went_on = stage.oracle.settled() > before + 200;
+        let went_on = stage.oracle.settled() > before + STRAY_MAX;
         stage.broker.stop();
         stage.broker.renew_certificate(30);
         stage.broker.resume();
