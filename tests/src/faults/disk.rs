@@ -183,9 +183,13 @@ fn power_cuts(scale: Scale, resends: bool) -> Finding {
     };
     let mut chance = Chance::new(scale.seed);
     let (times, mut lost) = (scale.pick(6, 200), 0);
-    for _ in 0..times {
+    for round in 0..times {
         std::thread::sleep(chance.millis(100, 600));
-        stage.kill_agent();
+        // Every other time in the middle of a commit: at a random time most is synced.
+        let torn = round % 2 == 0;
+        shim.set(Field::WriteTorn, if torn { 10 } else { 0 });
+        stage.await_death(Duration::from_secs(if torn { 2 } else { 0 }));
+        shim.set(Field::WriteTorn, 0);
         lost += shim.power_cut(&mut chance);
         stage.restart_agent();
     }

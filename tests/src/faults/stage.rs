@@ -130,6 +130,17 @@ impl Stage {
         }
     }
 
+    /// Waits for a while for the agent to be gone, and sees to it that it is.
+    pub(super) fn await_death(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while self.agent.is_running() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if self.agent.is_running() {
+            self.agent.kill();
+        }
+    }
+
     /// Whether the agent aborts by itself within a time. That it left for another reason is another matter.
     pub(super) fn aborts_within(&mut self, time: Duration) -> bool {
         const SIGABRT: i32 = 6;
