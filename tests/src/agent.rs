@@ -16,12 +16,19 @@ pub struct Setup {
     pub model: String,
     pub tasks: String,
     pub agent: String,
+    /// Where the broker is for the agent, if something stands between. Default: the broker's own port.
+    pub port: Option<u16>,
+    /// Default: a folder of the agent's own.
+    pub state_dir: Option<PathBuf>,
+    /// Variables of its environment.
+    pub env: Vec<(String, String)>,
 }
 
 /// A running agent.
 pub struct Agent {
     child: Child,
     folder: TempDir,
+    env: Vec<(String, String)>,
 }
 
 impl Agent {
@@ -33,8 +40,24 @@ impl Agent {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let text = configuration(broker, setup, folder.path());
         fs::write(folder.path().join("agent.toml"), text).expect("the configuration");
-        let child = spawn(folder.path());
-        Self { child, folder }
+        let env = setup.env.clone();
+        let child = spawn(folder.path(), &env);
+        Self { child, folder, env }
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its environment from the next [`Self::restart`] on.
+    pub fn set_env(&mut self, env: Vec<(String, String)>) {
+        self.env = env;
+    }
+
+    /// Stops the process where it stands, or lets it go on.
+    pub fn freeze(&self, frozen: bool) {
+        signal(&self.child, if frozen { "STOP" } else { "CONT" });
     }
 
     /// Kills it as a power cut would: no farewell.
@@ -56,14 +79,16 @@ impl Agent {
     /// Starts it again with the same configuration and state.
     pub fn restart(&mut self) {
         end(&mut self.child);
-        self.child = spawn(self.folder.path());
+        self.child = spawn(self.folder.path(), &self.env);
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child
-            .try_wait()
-            .expect("a child can be waited for")
-            .is_none()
+        self.status().is_none()
+    }
+
+    /// How it ended, if it has.
+    pub fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
     }
 
     /// All it logged so far.
@@ -83,6 +108,8 @@ impl Drop for Agent {
 
 fn configuration(broker: &Broker, setup: &Setup, folder: &Path) -> String {
     let bundle = setup.bundle.clone().unwrap_or_else(bundle);
+    let own = || folder.join("state");
+    let state_dir = setup.state_dir.clone().unwrap_or_else(own);
     format!(
         "[gateway]\nsite = 'plant'\nname = 'gw-1'\n\
          [model]\nbundle = '{}'\nstate_dir = '{}'\n{}\n\
@@ -90,16 +117,16 @@ fn configuration(broker: &Broker, setup: &Setup, folder: &Path) -> String {
          [agent]\nhealth_interval_s = 1\n{}\n\
          [broker]\nhost = '127.0.0.1'\nport = {}\nkeep_alive_s = 5\n{}\n",
         bundle.display(),
-        folder.join("state").display(),
+        state_dir.display(),
         setup.model,
         setup.tasks,
         setup.agent,
-        broker.port,
+        setup.port.unwrap_or(broker.port),
         setup.broker,
     )
 }
 
-fn spawn(folder: &Path) -> Child {
+fn spawn(folder: &Path, env: &[(String, String)]) -> Child {
     let log = File::options()
         .create(true)
         .append(true)
@@ -108,6 +135,7 @@ fn spawn(folder: &Path) -> Child {
     Command::new(program("millwright"))
         .args(["agent", "--config"])
         .arg(folder.join("agent.toml"))
+        .envs(env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("the log"))
         .stderr(log)
@@ -117,8 +145,14 @@ fn spawn(folder: &Path) -> Child {
 
 /// A program of this workspace: cargo puts them beside the folder of the test programs.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("this program's path");
-    let path = test.ancestors().nth(2).expect("target/debug").join(name);
+    let this = std::env::current_exe().expect("this program's path");
+    let folder = this.parent().expect("its folder");
+    let folder = if folder.ends_with("deps") {
+        folder.parent().expect("target/debug")
+    } else {
+        folder
+    };
+    let path = folder.join(name);
     assert!(
         path.exists(),
         "{} is not built: run `cargo build --workspace` first, as tests/run does",

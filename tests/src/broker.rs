@@ -19,6 +19,16 @@ pub enum Security {
     Tls,
 }
 
+/// What a broker keeps of its sessions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keeps {
+    /// Saved when it ends well, and every half hour.
+    AtTheEnd,
+    /// Saved after each change.
+    EachChange,
+    Nothing,
+}
+
 /// A running broker.
 pub struct Broker {
     child: Child,
@@ -35,6 +45,10 @@ impl Broker {
     }
 
     pub fn start(security: Security) -> Self {
+        Self::with(security, Keeps::AtTheEnd)
+    }
+
+    pub fn with(security: Security, keeps: Keeps) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         match security {
             Security::Open => {}
@@ -49,7 +63,7 @@ impl Broker {
             } else {
                 port
             };
-            let configuration = configuration(folder.path(), security, port, client_port);
+            let configuration = configuration(folder.path(), security, keeps, (port, client_port));
             fs::write(folder.path().join("mosquitto.conf"), configuration)
                 .expect("the configuration");
             let mut child = spawn(folder.path());
@@ -77,14 +91,33 @@ impl Broker {
         crate::await_end("mosquitto ends", &mut self.child);
     }
 
+    /// Kills it as a power cut would.
+    pub fn kill(&mut self) {
+        crate::end(&mut self.child);
+    }
+
     /// Starts it again on the same port.
     pub fn resume(&mut self) {
-        self.child = spawn(self.folder.path());
-        assert!(
-            is_up(&mut self.child, self.client_port),
-            "{}",
-            log(self.folder.path())
-        );
+        // Somebody's connection may have been given the port in the meantime, for as long as it lasts.
+        for _ in 0..5 {
+            self.child = spawn(self.folder.path());
+            if is_up(&mut self.child, self.client_port) {
+                return;
+            }
+            crate::end(&mut self.child);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        panic!("mosquitto did not start again:\n{}", self.log());
+    }
+
+    /// Gives it another server certificate of the same CA; in use from the next start.
+    pub fn renew_certificate(&self, days: u32) {
+        sign_server(self.folder.path(), days);
+    }
+
+    /// All it logged so far.
+    pub fn log(&self) -> String {
+        log(self.folder.path())
     }
 }
 
@@ -102,11 +135,21 @@ fn free_port() -> u16 {
     listener.local_addr().expect("its address").port()
 }
 
-fn configuration(folder: &Path, security: Security, port: u16, client_port: u16) -> String {
+fn configuration(
+    folder: &Path,
+    security: Security,
+    keeps: Keeps,
+    (port, client_port): (u16, u16),
+) -> String {
+    let persistence = match keeps {
+        Keeps::AtTheEnd => "persistence true\n",
+        Keeps::EachChange => "persistence true\nautosave_on_changes true\nautosave_interval 1\n",
+        Keeps::Nothing => "persistence false\n",
+    };
     let at = |name: &str| folder.join(name).display().to_string();
     // Without `user`, a mosquitto started by root could not read its files here.
     let mut text = format!(
-        "user root\npersistence true\npersistence_location {}/\nlog_dest file {}\nlog_type all\n\
+        "user root\n{persistence}persistence_location {}/\nlog_dest file {}\nlog_type all\n\
          max_queued_messages 1000\nmax_packet_size 1048576\nlistener {port} 127.0.0.1\n",
         folder.display(),
         at("mosquitto.log"),
@@ -231,23 +274,15 @@ fn write_certificates(folder: &Path) {
     openssl(&[&["req"], &key[..], &request].concat());
     let names = "subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n";
     fs::write(folder.join("server.ext"), names).expect("the extensions");
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        "server.csr",
-        "-CA",
-        "ca.pem",
-        "-CAkey",
-        "ca.key",
-        "-CAcreateserial",
-        "-out",
-        "server.pem",
-        "-days",
-        "2",
-        "-extfile",
-        "server.ext",
-    ]);
+    sign_server(folder, 2);
+}
+
+fn sign_server(folder: &Path, days: u32) {
+    let files = "-CA ca.pem -CAkey ca.key -CAcreateserial -in server.csr -out server.pem -extfile server.ext";
+    let mut command = Command::new("openssl");
+    command.args(["x509", "-req", "-days", &days.to_string()]);
+    command.args(files.split(' ')).current_dir(folder);
+    run(&mut command);
 }
 
 fn run(command: &mut Command) {

@@ -7,9 +7,10 @@
 mod agent;
 mod broker;
 mod client;
+pub mod faults;
 
 pub use agent::{Agent, Setup, bundle, program, real_bundle};
-pub use broker::{Broker, Security};
+pub use broker::{Broker, Keeps, Security};
 pub use client::{Client, Message, Outgoing};
 
 use std::process::{Child, Command, ExitStatus};
