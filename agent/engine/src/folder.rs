@@ -368,6 +368,10 @@ struct Config {
     model_type: Option<String>,
     max_position_embeddings: Option<u64>,
     n_positions: Option<u64>,
+    /// MPT's.
+    max_seq_len: Option<u64>,
+    /// BLOOM's.
+    seq_length: Option<u64>,
     eos_token_id: Option<Ids>,
     num_attention_heads: Option<usize>,
     num_key_value_heads: Option<usize>,
@@ -404,6 +408,8 @@ impl Config {
         let inner = || self.text.as_ref().and_then(|inner| inner.context());
         self.max_position_embeddings
             .or(self.n_positions)
+            .or(self.max_seq_len)
+            .or(self.seq_length)
             .or_else(inner)
     }
 }

@@ -1,15 +1,17 @@
 //! tract's planning and running, for graphs from outside: what tract takes on trust is checked first, and where it
 //! panics that is an error.
 
+mod formula;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tract_onnx::prelude::*;
 #[allow(clippy::wildcard_imports)] // tract's macros expect all of it
 use tract_onnx::tract_core::internal::*;
 use tract_onnx::tract_core::ops::einsum::EinSum;
 
-/// Optimises a graph whose products are of sizes that agree.
+/// Optimises a graph whose products are of sizes that agree, and whose sizes are formulas of few terms.
 pub(crate) fn optimised(model: InferenceModel) -> TractResult<TypedModel> {
-    let model = model.into_typed()?.into_decluttered()?;
+    let model = formula::typed(model)?.into_decluttered()?;
     for node in &model.nodes {
         if let Some(product) = node.op_as::<EinSum>() {
             let facts = model.node_input_facts(node.id)?;

@@ -8,6 +8,7 @@ use prost::Message;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::time::Instant;
 use tempfile::TempDir;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::{
@@ -281,11 +282,21 @@ fn add(model: &mut ModelProto, lines: &str) {
                 name: name.into(),
                 ..AttributeProto::default()
             };
-            match value.parse() {
-                Ok(number) => attribute.i = number,
-                Err(_) if value.starts_with('[') => attribute.ints = numbers(value),
-                Err(_) => attribute.s = value.into(),
-            }
+            let of = match value.parse() {
+                Ok(number) => {
+                    attribute.i = number;
+                    AttributeType::Int
+                }
+                Err(_) if value.starts_with('[') => {
+                    attribute.ints = numbers(value);
+                    AttributeType::Ints
+                }
+                Err(_) => {
+                    attribute.s = value.into();
+                    AttributeType::String
+                }
+            };
+            attribute.r#type = of as i32;
             node.attribute.push(attribute);
         }
         nodes(model).push(node);
@@ -445,6 +456,51 @@ fn sizes_that_exports_compute_are_followed() {
         });
         let opened = export.open(&graph).map(drop);
         assert!(opened.is_ok(), "{case}: {opened:?}");
+    }
+}
+
+#[test]
+fn formulas_that_grow_with_each_operator_are_not_followed() {
+    let export = Export::new("f32");
+    let cases = [
+        // Numbers by position, to ever higher powers.
+        (
+            "s = Shape(input_ids) start:1; n = Squeeze(s); n0 = Range(zero, n, one)",
+            "{to} = Mul({from}, {from})",
+        ),
+        // Sizes: a value for each pair of the last one's.
+        (
+            "n0 = Shape(input_ids)",
+            "{to}b = Add({from}, ones); {to} = Mul({from}, {to}b)",
+        ),
+        // No product, and nothing that could be put together.
+        (
+            "s = Shape(input_ids) start:1; n = Squeeze(s); n0 = Range(zero, n, one)",
+            "{to}b = Add({from}, n0); {to}c = Sub(one, {from}); {to} = Max({to}b, {to}c)",
+        ),
+    ];
+    for (start, step) in cases {
+        let began = Instant::now();
+        export.refused(
+            |model| {
+                add(model, "one = 1; zero = 0; ones = [1,1]");
+                add(model, start);
+                for step_at in 0..40 {
+                    let [from, to] = [step_at, step_at + 1].map(|at| format!("n{at}"));
+                    add(model, &step.replace("{from}", &from).replace("{to}", &to));
+                }
+                // What nobody reads is not planned.
+                let made = nodes(model).iter_mut().flat_map(|node| &mut node.output);
+                let logits = made.filter(|name| *name == "logits");
+                logits.for_each(|name| *name = "before".into());
+                add(
+                    model,
+                    "r = ReduceMax(n40) keepdims:0; f = Cast(r) to:1; logits = Add(before, f)",
+                );
+            },
+            "terms",
+        );
+        println!("{start}: {:?}", began.elapsed());
     }
 }
 
