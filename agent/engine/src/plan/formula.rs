@@ -30,8 +30,8 @@ fn inferred(model: &mut InferenceModel, id: usize) -> TractResult<()> {
     let node = model.node(id);
     let observed = node.op.observe_outlets(model, node)?;
     let facts = |outlets: &[OutletId]| -> TractResult<TVec<InferenceFact>> {
-        let facts = outlets.iter().map(|&outlet| model.outlet_fact(outlet));
-        facts.map(|fact| fact.cloned()).collect()
+        let fact = |&outlet: &OutletId| Ok(model.outlet_fact(outlet)?.clone());
+        outlets.iter().map(fact).collect()
     };
     let outputs: TVec<_> = (0..node.outputs.len())
         .map(|slot| OutletId::new(id, slot))
@@ -45,7 +45,7 @@ fn inferred(model: &mut InferenceModel, id: usize) -> TractResult<()> {
     )?;
     for ((outlet, before), made) in outputs.into_iter().zip(before).zip(made) {
         let fact = before.unify(&made)?;
-        let sizes = fact.shape.dims().filter_map(|size| size.concretize());
+        let sizes = fact.shape.dims().filter_map(Factoid::concretize);
         let numbers = fact.value.concretize();
         few(sizes.map(|size| symbols(&size)).sum::<usize>()
             + numbers.map_or(0, |numbers| symbols_in(&numbers)))?;
