@@ -126,13 +126,11 @@ where
         }
     };
 
-    let last = if outcome.is_ok() {
-        (State::Offline, "shut down")
-    } else {
-        (State::Degraded, "the model died")
-    };
     agent.drain();
-    agent.say_goodbye(last.0, last.1);
+    match &outcome {
+        Ok(()) => agent.say_goodbye(State::Offline, "shut down"),
+        Err(e) => agent.say_goodbye(State::Degraded, &e.to_string()),
+    }
     let goodbye = async {
         while !agent.is_flushed() && link.is_online() {
             agent.pump();
@@ -148,6 +146,8 @@ where
     if !poller.is_finished() && timeout(FAREWELL, &mut poller).await.is_err() {
         poller.abort();
     }
+    // Their threads may wait for somebody to listen, and are waited for in turn.
+    drop((written, reports));
     drop(agent);
     // Without its commands the thread ends after its step; a panic was reported as it happened.
     let _ = tokio::task::spawn_blocking(move || thread.join()).await;

@@ -5,6 +5,7 @@ use crate::broker::{Credentials, Settings, tls};
 use crate::clock::Trust;
 use anyhow::{Context, Result, bail, ensure};
 use millwright_engine::KvPrecision;
+use millwright_task::admission::Share;
 use millwright_task::limits;
 use millwright_task::topic::{Base, ReplyRules};
 use serde::Deserialize;
@@ -68,7 +69,8 @@ pub struct Tasks {
     pub dedup_window: Duration,
     pub dedup_tasks_max: usize,
     pub dedup_bytes_max: usize,
-    pub priority_max: HashMap<String, u8>,
+    pub share: Share,
+    pub shares: HashMap<String, Share>,
 }
 
 impl Config {
@@ -167,6 +169,7 @@ fn keep_alive_s() -> u64 {
 #[serde(deny_unknown_fields, default)]
 struct RawTasks {
     queue_max: usize,
+    sender_queue_max: Option<usize>,
     payload_bytes_max: usize,
     tokens_default: usize,
     tokens_max: usize,
@@ -182,6 +185,7 @@ impl Default for RawTasks {
     fn default() -> Self {
         Self {
             queue_max: 32,
+            sender_queue_max: None,
             payload_bytes_max: limits::PAYLOAD_BYTES_MAX,
             tokens_default: 256,
             tokens_max: 2048,
@@ -198,7 +202,8 @@ impl Default for RawTasks {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawSender {
-    priority_max: u8,
+    priority_max: Option<u8>,
+    queue_max: Option<usize>,
 }
 
 #[derive(Deserialize)]
@@ -245,15 +250,38 @@ impl RawTasks {
             self.tokens_default <= self.tokens_max,
             "tasks.tokens_default is more than tokens_max"
         );
-        for (name, sender) in &senders {
-            let most = limits::PRIORITY_MAX;
+        let queue_max = within("queue_max", self.queue_max, limits::QUEUE_TASKS_MAX)?;
+        // So that there is room for others beside one who floods.
+        let usual = (queue_max * 3).div_ceil(4);
+        let share = Share {
+            tasks_max: within(
+                "sender_queue_max",
+                self.sender_queue_max.unwrap_or(usual),
+                queue_max,
+            )?,
+            priority_max: limits::PRIORITY_MAX,
+        };
+        let mut shares = HashMap::new();
+        for (name, sender) in senders {
+            let most = share.priority_max;
+            let priority_max = sender.priority_max.unwrap_or(most);
             ensure!(
-                sender.priority_max <= most,
+                priority_max <= most,
                 "senders.{name}.priority_max must be 0 to {most}"
             );
+            let tasks_max = sender.queue_max.unwrap_or(share.tasks_max);
+            ensure!(
+                (1..=queue_max).contains(&tasks_max),
+                "senders.{name}.queue_max is {tasks_max}; it must be 1 to queue_max ({queue_max})"
+            );
+            let own = Share {
+                tasks_max,
+                priority_max,
+            };
+            shares.insert(name, own);
         }
         Ok(Tasks {
-            queue_max: within("queue_max", self.queue_max, limits::QUEUE_TASKS_MAX)?,
+            queue_max,
             payload_bytes_max: within(
                 "payload_bytes_max",
                 self.payload_bytes_max,
@@ -274,10 +302,8 @@ impl RawTasks {
             deadline_default: Duration::from_secs(self.deadline_default_s),
             deadline_max: Duration::from_secs(self.deadline_max_s),
             dedup_window: Duration::from_secs(self.dedup_window_s),
-            priority_max: senders
-                .into_iter()
-                .map(|(name, sender)| (name, sender.priority_max))
-                .collect(),
+            share,
+            shares,
         })
     }
 }
@@ -384,6 +410,7 @@ mod tests {
             "kv_cache",
             "prefill_chunk",
             "queue_max",
+            "sender_queue_max",
             "payload_bytes_max",
             "tokens_default",
             "tokens_max",
@@ -427,6 +454,10 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert!(error(&format!("{SMALL}[tasks]\nqueue = 3\n")).contains("queue"));
         assert!(error(&format!("{SMALL}[tasks]\nqueue_max = 0\n")).contains("tasks.queue_max"));
+        let more = "[tasks]\nqueue_max = 3\nsender_queue_max = 4\n";
+        assert!(error(&format!("{SMALL}{more}")).contains("tasks.sender_queue_max"));
+        let more = "[senders.mes]\nqueue_max = 0\n";
+        assert!(error(&format!("{SMALL}{more}")).contains("senders.mes.queue_max"));
         assert!(
             error(&format!("{SMALL}[tasks]\ndeadline_default_s = 9999\n"))
                 .contains("deadline_default_s")

@@ -1,5 +1,5 @@
-//! Places where a power cut is tried: the fault suite (tests/faults) has the process die at one of them. Nothing happens
-//! where the variable is not set.
+//! Places where the process may be asked to die, for the fault suite (tests/faults). Nothing happens where the variable is
+//! not set.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};

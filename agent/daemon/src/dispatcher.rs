@@ -15,13 +15,11 @@ use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
 use millwright_engine::{Completion, Finish};
-use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules};
+use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, INBOX_MESSAGES_MAX, SEED_MAX};
 use millwright_task::recall::{Gone, Window};
-use millwright_task::wire::{
-    self, Bounds, Code, Decoder, Provenance, Refusal, Refused, Reply, Usage,
-};
+use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,14 +50,17 @@ pub struct Dispatcher<P: Prepare> {
     owed: VecDeque<(Mark, Receipt)>,
     /// Why the journal can't be written, while it can't.
     trouble: Option<String>,
+    /// The broker refuses the subscription to tasks.
+    is_unheard: bool,
     is_draining: bool,
+    /// The last state, and why.
+    goodbye: Option<(State, String)>,
     tally: Tally,
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
     seeds: HashMap<Ticket, u64>,
     /// Running tasks that the worker was told to stop: told once, so that its channel never fills.
     stopping: HashSet<Ticket>,
-    state: (State, String),
     subscribed: bool,
     connections: u64,
 }
@@ -90,7 +91,8 @@ impl<P: Prepare> Dispatcher<P> {
                 tasks_max: tasks.dedup_tasks_max,
                 bytes_max: tasks.dedup_bytes_max,
             },
-            priority_max: tasks.priority_max.clone(),
+            share: tasks.share,
+            shares: tasks.shares.clone(),
         });
         Self {
             parts,
@@ -99,12 +101,13 @@ impl<P: Prepare> Dispatcher<P> {
             outbox: Outbox::default(),
             owed: VecDeque::new(),
             trouble: None,
+            is_unheard: false,
             is_draining: false,
+            goodbye: None,
             tally: Tally::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
             stopping: HashSet::new(),
-            state: (State::Online, String::new()),
             subscribed: false,
             connections: 0,
         }
@@ -125,6 +128,7 @@ impl<P: Prepare> Dispatcher<P> {
             tracing::info!(answers, tasks, "taken up from the journal");
         }
         for post in past.unsent {
+            self.admission.count_from(post.ticket);
             self.send(post);
         }
         for (kept, seed) in past.open {
@@ -144,7 +148,8 @@ impl<P: Prepare> Dispatcher<P> {
 
     /// Whether another message may be taken in.
     pub fn has_room(&self) -> bool {
-        self.outbox.has_room() && self.owed.len() < INBOX_MESSAGES_MAX
+        let is_owing = self.owed.len() >= INBOX_MESSAGES_MAX;
+        self.outbox.has_room() && self.parts.journal.has_room() && !is_owing
     }
 
     /// Whether nothing is left to be done before the agent may leave. What waits goes on at the next start.
@@ -182,17 +187,12 @@ impl<P: Prepare> Dispatcher<P> {
             }
             Signal::Subscribed { refused } => {
                 self.subscribed = true;
-                if refused && self.state.0 != State::Draining {
+                self.is_unheard = refused;
+                if refused {
                     tracing::error!(
                         "the broker refuses the subscription: check its access rules for {}",
                         self.decoder.base
                     );
-                    self.state = (
-                        State::Degraded,
-                        "the broker refuses the subscription to tasks".into(),
-                    );
-                } else if self.state.0 == State::Degraded {
-                    self.state = (State::Online, String::new());
                 }
                 self.say_state();
                 self.say_card();
@@ -208,8 +208,8 @@ impl<P: Prepare> Dispatcher<P> {
             }
             Signal::Delivered(token) => {
                 crash::point("before-delivered");
-                if let Some(ticket) = self.outbox.delivered(token) {
-                    self.note(Change::Delivered(ticket));
+                if let Some((key, ticket)) = self.outbox.delivered(token) {
+                    self.delivered(&key, ticket);
                 }
             }
             Signal::Refused(token, why) => {
@@ -251,37 +251,19 @@ impl<P: Prepare> Dispatcher<P> {
 
     fn on_task(&mut self, task: wire::Task) {
         let now = self.parts.clock.now();
-        if let Some(trouble) = &self.trouble {
-            // It could not be kept. What is said of that can't be either, and is said at once.
-            let reason =
-                format!("the gateway can't write its journal ({trouble}): try again later");
-            let refused = Refused {
-                key: task.key,
-                reply: task.reply,
-                refusal: Refusal::new(Code::Internal, reason),
-            };
-            let post = self.admission.refuse(now, refused);
-            self.tally.refused(Code::Internal);
-            let _ = self.parts.link.publish(None, &outgoing(post));
-            return;
-        }
         let seed = task.sampling.seed.unwrap_or_else(|| random() & SEED_MAX);
         let (preparer, context) = (&self.parts.preparer, self.parts.context);
-        let offered = task.clone();
         let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
-        let (decision, post) = self.admission.offer(now, offered, prepared);
+        let (decision, post) = self.admission.offer(now, task, prepared);
         let key = &post.key;
         tracing::info!(sender = key.sender, task = key.task, "{decision:?}");
         match decision {
             Decision::Accepted(ticket) => {
                 self.tally.accepted(now.own, ticket);
-                // As admission has it: its priority may be capped.
-                let task = self
-                    .admission
-                    .job(ticket)
-                    .map_or(task, |job| job.task.clone());
-                let task = Box::new(task);
-                self.note(Change::Accepted { ticket, task, seed });
+                if let Some(job) = self.admission.job(ticket) {
+                    let task = Box::new(job.task.clone());
+                    self.note(Change::Accepted { ticket, task, seed });
+                }
                 self.send(post);
             }
             Decision::Refused(code) => {
@@ -312,7 +294,9 @@ impl<P: Prepare> Dispatcher<P> {
                 self.tally.keep(|ticket| self.admission.holds(ticket));
             }
             Cancelled::Running(ticket) => {
-                self.note(Change::Cancelled(ticket));
+                if !self.stopping.contains(&ticket) {
+                    self.note(Change::Cancelled(ticket));
+                }
                 self.stop(ticket);
             }
             Cancelled::Unknown(post) => {
@@ -331,19 +315,35 @@ impl<P: Prepare> Dispatcher<P> {
                 self.parts.journal.keep(mark);
                 if self.trouble.take().is_some() {
                     tracing::info!("the journal can be written again");
-                    if self.state.0 == State::Degraded {
-                        self.set_state(State::Online, "");
+                    self.admission.close(None);
+                    if self.is_draining {
+                        self.refuse_all();
                     }
+                    self.say_state();
                 }
             }
             Written::Trouble(why) => {
                 if self.trouble.as_ref() != Some(&why) {
                     tracing::error!("the journal can't be written, and is tried again: {why}");
-                    let reason = format!("the journal can't be written: {why}");
+                    let reason = format!("the gateway can't write its journal ({why}): try later");
+                    let refusal = Refusal::new(Code::Internal, reason);
+                    self.admission.close(Some(refusal));
                     self.trouble = Some(why);
-                    self.set_state(State::Degraded, &reason);
+                    self.say_state();
                 }
             }
+        }
+    }
+
+    /// The broker has an answer, or nobody will.
+    fn delivered(&mut self, key: &wire::Key, ticket: Ticket) {
+        self.note(Change::Delivered(ticket));
+        // Its text stayed until now.
+        if self
+            .admission
+            .is_stripped(self.parts.clock.now(), key, ticket)
+        {
+            self.note(Change::Stripped(ticket));
         }
     }
 
@@ -447,21 +447,33 @@ impl<P: Prepare> Dispatcher<P> {
 
     /// New tasks are refused from now on, and none is begun.
     pub fn drain(&mut self) {
-        let reason = "this gateway is shutting down: send the task again when it is online";
-        self.admission
-            .close(Refusal::new(Code::Draining, reason.into()));
         self.is_draining = true;
-        self.set_state(State::Draining, "shutting down");
+        self.refuse_all();
+        self.say_state();
     }
 
-    /// The last state. What has not ended goes on at the next start.
+    fn refuse_all(&mut self) {
+        let reason = "this gateway is shutting down: send the task again when it is online";
+        let refusal = Refusal::new(Code::Draining, reason.into());
+        self.admission.close(Some(refusal));
+    }
+
+    /// Says the last state. What has not ended goes on at the next start; what was interrupted in order has not
+    /// taken the agent down.
     pub fn say_goodbye(&mut self, state: State, reason: &str) {
+        if state == State::Offline {
+            let interrupted: Vec<_> = self.admission.interrupted().collect();
+            for (ticket, times) in interrupted {
+                self.note(Change::Begun { ticket, times });
+            }
+        }
         let left = self.admission.waiting() + self.admission.running();
         let rest = match left {
             0 => String::new(),
             left => format!("; {left} tasks go on when it is started again"),
         };
-        self.set_state(state, &format!("{reason}{rest}"));
+        self.goodbye = Some((state, format!("{reason}{rest}")));
+        self.say_state();
     }
 
     fn stop(&mut self, ticket: Ticket) {
@@ -476,10 +488,10 @@ impl<P: Prepare> Dispatcher<P> {
         let now = self.parts.clock.now();
         while self.outbox.has_room()
             && !self.is_draining
-            && let Some((ticket, (work, seed))) = self.admission.next(now)
+            && let Some((ticket, (work, seed), times)) = self.admission.next(now)
         {
             self.seeds.insert(ticket, seed);
-            self.note(Change::Begun(ticket));
+            self.note(Change::Begun { ticket, times });
             let _ = self.parts.commands.try_send(Command::Start(ticket, work));
         }
         for gone in self.admission.take_gone() {
@@ -532,8 +544,12 @@ impl<P: Prepare> Dispatcher<P> {
         self.parts.journal.note(change);
     }
 
-    /// Keeps what is said until it is delivered, and sends it.
+    /// Keeps what is said until it is delivered, and sends it. While the disk refuses, a refusal is also said at once:
+    /// its sender can't wait for that.
     fn say(&mut self, post: Post) {
+        if self.trouble.is_some() && post.event == "rejected" {
+            let _ = self.parts.link.publish(None, &outgoing(post.clone()));
+        }
         let at = self.parts.clock.now().own;
         self.note(Change::Said {
             post: post.clone(),
@@ -565,7 +581,7 @@ fn prepare<P: Prepare>(
     context: usize,
     task: &wire::Task,
     seed: u64,
-) -> Result<(P::Work, u64), Refusal> {
+) -> Result<((P::Work, u64), Size), Refusal> {
     let work = preparer
         .prepare(intake::request(task, seed))
         .map_err(|e| intake::refusal(&e))?;
@@ -575,7 +591,12 @@ fn prepare<P: Prepare>(
             context as u64,
         ));
     }
-    Ok((work, seed))
+    let prompt_tokens = work.prompt_tokens();
+    let size = Size {
+        prompt_tokens,
+        answer_tokens: work.tokens_max().saturating_sub(prompt_tokens),
+    };
+    Ok(((work, seed), size))
 }
 
 fn product(completion: Completion) -> Product {

@@ -14,9 +14,10 @@ use crate::crash;
 use anyhow::{Context, Result, bail};
 use millwright_task::admission::Kept;
 use millwright_task::job::{Post, Ticket};
+use millwright_task::limits::{JOURNAL_BYTES_MAX, JOURNAL_CACHE_BYTES};
 use millwright_task::recall::Recalled;
 use millwright_task::wire::{Key, Reply, Task};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
@@ -28,6 +29,10 @@ const FILE: &str = "journal.redb";
 const PACE: Duration = Duration::from_millis(5);
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);
+/// What a change takes beside its payload.
+const CHANGE_BYTES: usize = 512;
+/// The gateway's own time is written at least so often.
+const STAMP: Duration = Duration::from_hours(1);
 /// Between attempts after an error of the disk.
 const RETRY: Duration = Duration::from_millis(500);
 /// Damaged files that are kept.
@@ -47,8 +52,11 @@ pub enum Change {
         ticket: Ticket,
         reply: Reply,
     },
-    /// The model began with it.
-    Begun(Ticket),
+    /// The model began with it for the so-manieth time.
+    Begun {
+        ticket: Ticket,
+        times: u32,
+    },
     /// It runs, and its sender cancelled it.
     Cancelled(Ticket),
     /// It reached its end; what it said last is noted beside.
@@ -72,12 +80,22 @@ pub enum Change {
 }
 
 impl Change {
-    /// Whether nothing waits for it. Lost, it costs a repetition.
+    /// Whether nothing waits for it. Lost, it costs an answer said twice, or room.
     fn is_leisurely(&self) -> bool {
         matches!(
             self,
-            Self::Begun(_) | Self::Delivered(_) | Self::Stripped(_) | Self::Forgotten(_)
+            Self::Delivered(_) | Self::Stripped(_) | Self::Forgotten(_)
         )
+    }
+
+    /// What it takes in memory, about.
+    fn bytes(&self) -> usize {
+        let more = match self {
+            Self::Accepted { task, .. } => task.bytes,
+            Self::Said { post, .. } => post.bytes.len(),
+            _ => 0,
+        };
+        CHANGE_BYTES + more
     }
 }
 
@@ -130,11 +148,13 @@ pub struct Journal {
     /// When the oldest of `changes` was noted.
     since: Option<Instant>,
     is_urgent: bool,
+    /// What `changes` take in memory, and what is with the thread.
+    bytes: usize,
+    writing: usize,
     /// The batch that `changes` become, and the last one that is on disk.
     next: Mark,
     kept: Mark,
-    /// The last one handed over for which somebody may wait.
-    handed: Mark,
+    written: Instant,
     batches: Option<mpsc::Sender<Batch>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -145,6 +165,10 @@ impl Journal {
         fs::create_dir_all(state_dir)
             .with_context(|| format!("the folder {} can't be made", state_dir.display()))?;
         let (store, past) = open(&state_dir.join(FILE))?;
+        // A new file's name must last too.
+        File::open(state_dir)
+            .and_then(|folder| folder.sync_all())
+            .with_context(|| format!("the folder {} can't be written", state_dir.display()))?;
         let (batches, batches_rx) = mpsc::channel(1);
         let (written, written_rx) = mpsc::channel(4);
         let thread = std::thread::Builder::new()
@@ -155,9 +179,11 @@ impl Journal {
             changes: Vec::new(),
             since: None,
             is_urgent: false,
+            bytes: 0,
+            writing: 0,
             next: Mark(1),
             kept: Mark(0),
-            handed: Mark(0),
+            written: Instant::now(),
             batches: Some(batches),
             thread: Some(thread),
         };
@@ -168,16 +194,22 @@ impl Journal {
     pub fn note(&mut self, change: Change) {
         self.is_urgent |= !change.is_leisurely();
         self.since.get_or_insert_with(Instant::now);
+        self.bytes += change.bytes();
         self.changes.push(change);
     }
 
     /// The place after all that was noted.
     pub fn mark(&self) -> Mark {
-        if self.is_urgent {
-            self.next
-        } else {
-            self.handed
-        }
+        Mark(self.next.0 - u64::from(!self.is_urgent))
+    }
+
+    /// Whether more may be noted: no more than so much waits for a disk that is slow or refuses.
+    pub fn has_room(&self) -> bool {
+        self.bytes + self.writing < JOURNAL_BYTES_MAX - JOURNAL_CACHE_BYTES
+    }
+
+    fn is_free(&self) -> bool {
+        self.kept.0 + 1 == self.next.0
     }
 
     /// The place before which all is on disk.
@@ -187,14 +219,17 @@ impl Journal {
 
     /// Whether nothing waits to be written.
     pub fn is_settled(&self) -> bool {
-        self.changes.is_empty() && self.kept.0 + 1 == self.next.0
+        self.changes.is_empty() && self.is_free()
     }
 
     /// Hands over what was noted, if the thread is free and somebody waits for it, or it has waited long enough.
     pub fn flush(&mut self, stamp: impl FnOnce() -> Stamp, hurry: bool) {
         let is_late = self.since.is_some_and(|since| since.elapsed() > LEISURE);
-        let is_free = self.kept.0 + 1 == self.next.0;
-        if self.changes.is_empty() || !is_free || !(self.is_urgent || is_late || hurry) {
+        let is_due = self.is_urgent
+            || is_late
+            || hurry && !self.changes.is_empty()
+            || self.written.elapsed() > STAMP;
+        if !self.is_free() || !is_due {
             return;
         }
         let batch = Batch {
@@ -204,8 +239,9 @@ impl Journal {
         };
         // One at a time, so that there is room; without the thread nothing is ever kept, and the agent ends.
         let _ = self.batches.as_ref().map(|batches| batches.try_send(batch));
-        self.handed = self.next;
         self.next.0 += 1;
+        self.writing = std::mem::take(&mut self.bytes);
+        self.written = Instant::now();
         self.since = None;
         self.is_urgent = false;
     }
@@ -213,6 +249,7 @@ impl Journal {
     /// A batch is on disk.
     pub fn keep(&mut self, mark: Mark) {
         self.kept = self.kept.max(mark);
+        self.writing = 0;
     }
 }
 
@@ -253,10 +290,9 @@ fn open(path: &Path) -> Result<(Store, Past)> {
 
 /// Gives a file another name; the first of a few that is free, else the last.
 fn set_aside(path: &Path) -> Result<PathBuf> {
-    let names = (1..=ASIDE_MAX).map(|n| path.with_extension(format!("unusable-{n}")));
-    let mut names = names.collect::<Vec<_>>().into_iter();
-    let last = path.with_extension(format!("unusable-{ASIDE_MAX}"));
-    let aside = names.find(|name| !name.exists()).unwrap_or(last);
+    let name = |n| path.with_extension(format!("unusable-{n}"));
+    let free = (1..ASIDE_MAX).map(name).find(|name| !name.exists());
+    let aside = free.unwrap_or_else(|| name(ASIDE_MAX));
     fs::rename(path, &aside).with_context(|| format!("{} can't be set aside", path.display()))?;
     Ok(aside)
 }

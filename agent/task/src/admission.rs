@@ -3,6 +3,10 @@
 //! run a task, and is only carried.
 
 mod overtaken;
+mod pace;
+mod queue;
+
+pub use pace::Size;
 
 use crate::Now;
 use crate::job::{Job, Outcome, Post, Product, Stop, Ticket, stopped};
@@ -10,9 +14,15 @@ use crate::limits;
 use crate::recall::{Gone, Recall, Recalled, Window};
 use crate::wire::{Body, Code, Event, Key, Partial, Refusal, Refused, Reply, Task, Usage};
 use overtaken::Overtaken;
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use pace::Pace;
+use queue::{Queue, Turn};
+use std::collections::HashMap;
 use std::time::Duration;
+
+/// When one who found no room may try again: before anything was measured, and at least and at most.
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_mins(1);
 
 /// The configured bounds and names.
 #[derive(Debug, Clone)]
@@ -28,8 +38,24 @@ pub struct Rules {
     /// How long a cancel without a task is remembered.
     pub deadline_max: Duration,
     pub window: Window,
-    /// Caps on priority by sender.
-    pub priority_max: HashMap<String, u8>,
+    /// What one sender may, and those of whom something else was said.
+    pub share: Share,
+    pub shares: HashMap<String, Share>,
+}
+
+/// What one sender may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Tasks that he may have waiting; of the queue's bytes he may have as large a part as of its tasks.
+    pub tasks_max: usize,
+    /// His tasks of a higher priority have this one.
+    pub priority_max: u8,
+}
+
+impl Rules {
+    fn share(&self, sender: &str) -> Share {
+        self.shares.get(sender).copied().unwrap_or(self.share)
+    }
 }
 
 /// What became of an offered task.
@@ -84,17 +110,27 @@ pub struct Due {
 #[derive(Debug)]
 pub struct Admission<W> {
     rules: Rules,
-    /// In the order in which they will run: higher priority first, then first come.
-    waiting: BTreeMap<(Reverse<u8>, Ticket), W>,
-    waiting_bytes: usize,
-    jobs: HashMap<Ticket, Job>,
+    queue: Queue<W>,
+    jobs: HashMap<Ticket, Held>,
     tickets: HashMap<Key, Ticket>,
     recall: Recall,
     overtaken: Overtaken,
-    /// Moving average of a task's time in the model.
-    service: Option<Duration>,
+    pace: Pace,
     runs: u64,
     closed: Option<Refusal>,
+}
+
+/// An accepted task that has not ended.
+#[derive(Debug)]
+struct Held {
+    job: Job,
+    size: Size,
+    /// Its place in the queue, while it waits.
+    turn: Turn,
+    /// How long after its acceptance it should be done; unknown before a first task was measured.
+    eta: Option<Duration>,
+    /// How often the model began with it, over restarts.
+    begun: u32,
 }
 
 impl<W> Admission<W> {
@@ -105,32 +141,37 @@ impl<W> Admission<W> {
             rules,
             overtaken,
             recall,
-            waiting: BTreeMap::new(),
-            waiting_bytes: 0,
+            queue: Queue::new(),
             jobs: HashMap::new(),
             tickets: HashMap::new(),
-            service: None,
+            pace: Pace::default(),
             runs: 0,
             closed: None,
         }
     }
 
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
     }
     pub fn running(&self) -> usize {
-        self.jobs.len() - self.waiting.len()
+        self.jobs.len() - self.queue.len()
     }
     /// Whether this task waits or runs.
     pub fn holds(&self, ticket: Ticket) -> bool {
         self.jobs.contains_key(&ticket)
     }
-    pub fn is_idle(&self) -> bool {
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
         self.jobs.is_empty()
     }
     /// Tasks and payload bytes of the dedup window.
     pub fn recalled(&self) -> (usize, usize) {
         (self.recall.len(), self.recall.bytes())
+    }
+
+    /// How far estimates of tasks' times were from the truth, as a moving average of shares of it.
+    pub fn estimate_error(&self) -> Option<f64> {
+        self.pace.error()
     }
 
     /// Judges a task. `prepare` makes it ready for the model, and is called only when nothing else speaks
@@ -139,10 +180,10 @@ impl<W> Admission<W> {
         &mut self,
         now: Now,
         mut task: Task,
-        prepare: impl FnOnce(&Task) -> Result<W, Refusal>,
+        prepare: impl FnOnce(&Task) -> Result<(W, Size), Refusal>,
     ) -> (Decision, Post) {
-        let cap = self.rules.priority_max.get(&task.key.sender).copied();
-        task.priority = task.priority.min(cap.unwrap_or(limits::PRIORITY_MAX));
+        let share = self.rules.share(&task.key.sender);
+        task.priority = task.priority.min(share.priority_max);
         if let Some(known) = self.judge_known(now, &task) {
             return known;
         }
@@ -152,7 +193,9 @@ impl<W> Admission<W> {
         if task.deadline <= now.own {
             return self.end(now, &task, Stop::Expired);
         }
-        match self.judge_room(now, &task).and_then(|()| prepare(&task)) {
+        let judged = self.judge_room(now, &task).and_then(|()| prepare(&task));
+        let judged = judged.and_then(|work| self.judge_time(now, &task, work.1).map(|()| work));
+        match judged {
             Ok(work) => self.accept(now, task, work),
             Err(refusal) => (
                 Decision::Refused(refusal.code),
@@ -169,26 +212,15 @@ impl<W> Admission<W> {
     /// A task of this key that is here, or was.
     fn judge_known(&mut self, now: Now, task: &Task) -> Option<(Decision, Post)> {
         if let Some(&ticket) = self.tickets.get(&task.key) {
-            let job = self.jobs.get(&ticket)?;
-            let (ahead, eta) = self.outlook(
-                if job.is_running() {
-                    u8::MAX
-                } else {
-                    job.task.priority
-                },
-                ticket,
-            );
-            let job = self.jobs.get_mut(&ticket)?;
+            let (ahead, eta) = self.outlook(now, self.jobs.get(&ticket)?);
+            let job = &mut self.jobs.get_mut(&ticket)?.job;
             if job.task.digest != task.digest {
                 return Some(self.conflict(now, task));
             }
             // The newest reply topic counts: the sender may have reconnected elsewhere.
             let moved = job.task.reply != task.reply;
             job.task.reply = task.reply.clone();
-            let body = Body::Accepted {
-                queue_position: ahead,
-                eta_ms: eta,
-            };
+            let body = accepted(ahead, eta);
             return Some((
                 Decision::Repeated { moved },
                 job.say(&self.rules.gateway, now, body),
@@ -238,68 +270,83 @@ impl<W> Admission<W> {
         if let Some(refusal) = &self.closed {
             return Err(refusal.clone());
         }
-        let retry = self.service.unwrap_or(Duration::from_secs(1)).as_millis() as u64;
         let busy = |reason: String, limit: usize| {
             let refusal = Refusal::new(Code::Busy, reason).with_limit(limit as u64);
+            // When a slot is free, and with it a place in the queue.
+            let retry = self.end_of(now, std::iter::empty(), Size::default());
+            let retry = retry.unwrap_or(RETRY).clamp(RETRY_MIN, RETRY_MAX);
             Err(Refusal {
-                retry_after_ms: Some(retry),
+                retry_after_ms: Some(retry.as_millis() as u64),
                 ..refusal
             })
         };
         let (tasks, bytes) = (self.rules.queue_tasks_max, self.rules.queue_bytes_max);
+        let (waiting, held) = (self.queue.len(), self.queue.bytes());
         // A free slot is room too: the queue may be configured to hold nothing.
-        if self.waiting.len() >= tasks && self.jobs.len() >= self.rules.slots + tasks {
-            return busy(
-                format!("{} tasks are waiting, as many as may", self.waiting.len()),
-                tasks,
-            );
+        let is_free = self.jobs.len() < self.rules.slots + tasks;
+        if waiting >= tasks && !is_free {
+            let reason = format!("{waiting} tasks are waiting, as many as may");
+            return busy(reason, tasks);
         }
-        if self.waiting_bytes + task.bytes > bytes {
-            return busy(
-                format!(
-                    "the waiting tasks hold {} of {bytes} bytes",
-                    self.waiting_bytes
-                ),
-                bytes,
-            );
+        if held + task.bytes > bytes {
+            let reason = format!("the waiting tasks hold {held} of {bytes} bytes");
+            return busy(reason, bytes);
         }
-        let ahead = self
-            .waiting
-            .range(..(Reverse(task.priority), Ticket(u64::MAX)))
-            .count();
-        if let Some(wait) = self
-            .wait(ahead)
-            .filter(|wait| now.own + *wait > task.deadline)
-        {
-            let eta = wait.as_millis() as u64;
-            let reason = format!("it would start in about {eta} ms, after its deadline");
-            return Err(Refusal {
-                eta_ms: Some(eta),
-                ..Refusal::new(Code::DeadlineUnreachable, reason)
-            });
+        let (own, own_bytes) = self.queue.held_by(&task.key.sender);
+        let most = self.rules.share(&task.key.sender).tasks_max;
+        if own >= most && self.jobs.len() >= self.rules.slots {
+            let reason = format!("{own} tasks of this sender are waiting, as many as one may have");
+            return busy(reason, most);
+        }
+        let most = (bytes as u64 * most as u64).div_ceil(tasks.max(1) as u64) as usize;
+        if own > 0 && own_bytes + task.bytes > most {
+            let reason = format!("this sender's waiting tasks hold {own_bytes} of {most} bytes");
+            return busy(reason, most);
         }
         Ok(())
     }
 
-    fn accept(&mut self, now: Now, task: Task, work: W) -> (Decision, Post) {
+    /// Whether a task can be done by its deadline, as far as is known.
+    fn judge_time(&self, now: Now, task: &Task, size: Size) -> Result<(), Refusal> {
+        let turn = self.queue.turn(now.own, task);
+        let eta = self.eta(now, turn, Ticket(u64::MAX), size);
+        match eta.filter(|eta| now.own + *eta > task.deadline) {
+            None => Ok(()),
+            Some(eta) => {
+                let eta = eta.as_millis() as u64;
+                let reason = format!("it would be done in about {eta} ms, after its deadline");
+                Err(Refusal {
+                    eta_ms: Some(eta),
+                    ..Refusal::new(Code::DeadlineUnreachable, reason)
+                })
+            }
+        }
+    }
+
+    fn accept(&mut self, now: Now, task: Task, work: (W, Size)) -> (Decision, Post) {
         let (ticket, run) = self.next_run();
-        let post = self.admit(now, Job::new(task, ticket, run, now), work);
+        let post = self.admit(now, Job::new(task, ticket, run, now), 0, work);
         (Decision::Accepted(ticket), post)
     }
 
     /// Puts a task into the queue.
-    fn admit(&mut self, now: Now, mut job: Job, work: W) -> Post {
-        let (ticket, priority) = (job.ticket(), job.task.priority);
-        let (ahead, eta) = self.outlook(priority, ticket);
-        let body = Body::Accepted {
-            queue_position: ahead,
-            eta_ms: eta,
+    fn admit(&mut self, now: Now, job: Job, begun: u32, work: (W, Size)) -> Post {
+        let (ticket, size) = (job.ticket(), work.1);
+        let service = self.pace.service(size).unwrap_or(Duration::from_secs(1));
+        let share = service / self.rules.slots.max(1) as u32;
+        let turn = self.queue.put(now.own, ticket, &job.task, work, share);
+        let mut held = Held {
+            job,
+            size,
+            turn,
+            eta: self.eta(now, turn, ticket, size),
+            begun,
         };
-        let post = job.say(&self.rules.gateway, now, body);
-        self.waiting_bytes += job.task.bytes;
-        self.waiting.insert((Reverse(priority), ticket), work);
-        self.tickets.insert(job.task.key.clone(), ticket);
-        self.jobs.insert(ticket, job);
+        let ahead = self.queue.before(turn, ticket).count();
+        let body = accepted(ahead as u64, held.eta);
+        let post = held.job.say(&self.rules.gateway, now, body);
+        self.tickets.insert(held.job.task.key.clone(), ticket);
+        self.jobs.insert(ticket, held);
         post
     }
 
@@ -309,7 +356,7 @@ impl<W> Admission<W> {
         &mut self,
         now: Now,
         kept: Kept,
-        prepare: impl FnOnce(&Task) -> Result<W, Refusal>,
+        prepare: impl FnOnce(&Task) -> Result<(W, Size), Refusal>,
     ) -> Result<Post, Post> {
         let Kept {
             ticket,
@@ -332,7 +379,7 @@ impl<W> Admission<W> {
             prepare(&job.task).map_err(Body::Failed)
         };
         match ended {
-            Ok(work) => Ok(self.admit(now, job, work)),
+            Ok(work) => Ok(self.admit(now, job, begun, work)),
             Err(body) => {
                 let mut post = job.say(&self.rules.gateway, now, body);
                 self.remember(now, job.task.digest, &mut post);
@@ -364,21 +411,27 @@ impl<W> Admission<W> {
         gone
     }
 
-    /// The next task to run, if a slot is free.
-    pub fn next(&mut self, now: Now) -> Option<(Ticket, W)> {
+    /// The next task to run, if a slot is free, and how often it is begun with this.
+    pub fn next(&mut self, now: Now) -> Option<(Ticket, W, u32)> {
         if self.running() >= self.rules.slots {
             return None;
         }
-        let ((_, ticket), work) = self.waiting.pop_first()?;
-        let job = self.jobs.get_mut(&ticket)?;
-        self.waiting_bytes -= job.task.bytes;
-        job.start(now);
-        Some((ticket, work))
+        let (ticket, work) = self.queue.pop()?;
+        let held = self.jobs.get_mut(&ticket)?;
+        held.job.start(now);
+        held.begun += 1;
+        Some((ticket, work, held.begun))
     }
 
-    /// A running task.
+    /// Those that run, and how often each had been begun before.
+    pub fn interrupted(&self) -> impl Iterator<Item = (Ticket, u32)> {
+        let running = self.jobs.iter().filter(|(_, held)| held.job.is_running());
+        running.map(|(ticket, held)| (*ticket, held.begun - 1))
+    }
+
+    /// An accepted task that has not ended.
     pub fn job(&self, ticket: Ticket) -> Option<&Job> {
-        self.jobs.get(&ticket)
+        self.jobs.get(&ticket).map(|held| &held.job)
     }
 
     /// The model began with a task.
@@ -388,7 +441,7 @@ impl<W> Admission<W> {
 
     /// The model made text. The flag says that the task must be stopped now: its answer outgrew its bound.
     pub fn text(&mut self, now: Now, ticket: Ticket, text: String) -> (Option<Post>, bool) {
-        let Some(job) = self.jobs.get_mut(&ticket) else {
+        let Some(Held { job, .. }) = self.jobs.get_mut(&ticket) else {
             return (None, false);
         };
         let (post, too_large) = job.text(&self.rules.gateway, now, text);
@@ -401,13 +454,14 @@ impl<W> Admission<W> {
 
     /// The model is done with a task: its final event, which is remembered.
     pub fn finish(&mut self, now: Now, ticket: Ticket, outcome: Outcome) -> Option<Post> {
-        let job = self.jobs.get(&ticket)?;
-        let service = job.service(now);
-        let whole = matches!(outcome, Outcome::Done { .. });
-        let body = job.outcome(now, outcome);
-        if whole {
-            self.service = Some(self.service.map_or(service, |s| (s * 3 + service) / 4));
+        let held = self.jobs.get(&ticket)?;
+        if let Outcome::Done { product, .. } = &outcome {
+            self.pace.learn(held.size, product);
+            if let Some(eta) = held.eta {
+                self.pace.judge(eta, held.job.age(now));
+            }
         }
+        let body = held.job.outcome(now, outcome);
         self.close_job(now, ticket, body)
     }
 
@@ -417,8 +471,8 @@ impl<W> Admission<W> {
             if let Some(post) = self.stop_waiting(now, ticket, Stop::Cancelled) {
                 return Cancelled::Waiting(post);
             }
-            if let Some(job) = self.jobs.get_mut(&ticket) {
-                job.stop.get_or_insert(Stop::Cancelled);
+            if let Some(held) = self.jobs.get_mut(&ticket) {
+                held.job.stop.get_or_insert(Stop::Cancelled);
             }
             return Cancelled::Running(ticket);
         }
@@ -432,15 +486,16 @@ impl<W> Admission<W> {
 
     /// Expires what is past its deadline. Each running task is named once.
     pub fn tick(&mut self, now: Now) -> Due {
-        let late = |job: &&Job| job.task.deadline <= now.own && job.stop.is_none();
-        let mut late: Vec<_> = self.jobs.values().filter(late).map(Job::ticket).collect();
+        let jobs = self.jobs.values().map(|held| &held.job);
+        let late = jobs.filter(|job| job.task.deadline <= now.own && job.stop.is_none());
+        let mut late: Vec<_> = late.map(Job::ticket).collect();
         late.sort_unstable();
         let mut due = Due::default();
         for ticket in late {
             if let Some(post) = self.stop_waiting(now, ticket, Stop::Expired) {
                 due.posts.push(post);
-            } else if let Some(job) = self.jobs.get_mut(&ticket) {
-                job.stop = Some(Stop::Expired);
+            } else if let Some(held) = self.jobs.get_mut(&ticket) {
+                held.job.stop = Some(Stop::Expired);
                 due.stop.push(ticket);
             }
         }
@@ -449,30 +504,34 @@ impl<W> Admission<W> {
 
     /// When [`Self::tick`] next has something to do.
     pub fn next_deadline(&self) -> Option<Duration> {
-        self.jobs
-            .values()
-            .filter(|job| job.stop.is_none())
-            .map(|job| job.task.deadline)
-            .min()
+        let jobs = self.jobs.values().map(|held| &held.job);
+        let open = jobs.filter(|job| job.stop.is_none());
+        open.map(|job| job.task.deadline).min()
     }
 
-    /// Refuses new tasks with `refusal` from now on; what is here goes on.
-    pub fn close(&mut self, refusal: Refusal) {
-        self.closed = Some(refusal);
+    /// Refuses new tasks with `refusal` from now on, or takes them again; what is here goes on.
+    pub fn close(&mut self, refusal: Option<Refusal>) {
+        self.closed = refusal;
+    }
+
+    /// Whether a final event's text went before the event was delivered.
+    pub fn is_stripped(&mut self, now: Now, key: &Key, ticket: Ticket) -> bool {
+        let recalled = self.recall.get(now.own, key);
+        recalled.is_some_and(|recalled| recalled.ticket == ticket && recalled.bytes.is_none())
     }
 
     /// Ends a task that waits; `None` when it runs.
     fn stop_waiting(&mut self, now: Now, ticket: Ticket, why: Stop) -> Option<Post> {
-        let job = self.jobs.get_mut(&ticket).filter(|job| !job.is_running())?;
-        self.waiting.remove(&(Reverse(job.task.priority), ticket));
-        self.waiting_bytes -= job.task.bytes;
-        job.stop = Some(why);
+        let waiting = |held: &&mut Held| !held.job.is_running();
+        let held = self.jobs.get_mut(&ticket).filter(waiting)?;
+        self.queue.remove(held.turn, ticket);
+        held.job.stop = Some(why);
         self.close_job(now, ticket, stopped(Some(why), Product::default()))
     }
 
     fn close_job(&mut self, now: Now, ticket: Ticket, body: Body) -> Option<Post> {
         let mut post = self.say(ticket, now, body)?;
-        let job = self.jobs.remove(&ticket)?;
+        let Held { job, .. } = self.jobs.remove(&ticket)?;
         self.tickets.remove(&job.task.key);
         self.remember(now, job.task.digest, &mut post);
         Some(post)
@@ -519,11 +578,8 @@ impl<W> Admission<W> {
     }
 
     fn say(&mut self, ticket: Ticket, now: Now, body: Body) -> Option<Post> {
-        Some(
-            self.jobs
-                .get_mut(&ticket)?
-                .say(&self.rules.gateway, now, body),
-        )
+        let job = &mut self.jobs.get_mut(&ticket)?.job;
+        Some(job.say(&self.rules.gateway, now, body))
     }
 
     fn next_run(&mut self) -> (Ticket, String) {
@@ -536,21 +592,35 @@ impl<W> Admission<W> {
         format!("{}-{}", self.rules.run_prefix, ticket.0)
     }
 
-    /// How many wait before a task of this priority, and in how many milliseconds it should be done.
-    fn outlook(&self, priority: u8, ticket: Ticket) -> (u64, Option<u64>) {
-        let ahead = self.waiting.range(..(Reverse(priority), ticket)).count();
-        let eta = self
-            .wait(ahead)
-            .zip(self.service)
-            .map(|(wait, service)| (wait + service).as_millis() as u64);
+    /// How many wait before a task that is here, and how long from now until it should be done.
+    fn outlook(&self, now: Now, held: &Held) -> (u64, Option<Duration>) {
+        if held.job.is_running() {
+            let service = self.pace.service(held.size);
+            let left = service.map(|all| all.saturating_sub(held.job.service(now)));
+            return (0, left);
+        }
+        let ticket = held.job.ticket();
+        let ahead = self.queue.before(held.turn, ticket).count();
+        let eta = self.eta(now, held.turn, ticket, held.size);
         (ahead as u64, eta)
     }
 
-    /// The time until a slot is free for a task with `ahead` before it; unknown until one task was timed.
-    fn wait(&self, ahead: usize) -> Option<Duration> {
-        let rounds = (self.running() + ahead) / self.rules.slots.max(1);
-        // On average, those that run are half done.
-        Some(self.service? * (2 * rounds as u32).saturating_sub(1) / 2)
+    /// How long from now until a task with that turn should be done.
+    fn eta(&self, now: Now, turn: Turn, ticket: Ticket, size: Size) -> Option<Duration> {
+        self.end_of(now, self.queue.before(turn, ticket), size)
+    }
+
+    fn end_of(&self, now: Now, before: impl Iterator<Item = Size>, size: Size) -> Option<Duration> {
+        let running = self.jobs.values().filter(|held| held.job.is_running());
+        let running = running.map(|held| (held.size, held.job.service(now)));
+        self.pace.finish(self.rules.slots, running, before, size)
+    }
+}
+
+fn accepted(ahead: u64, eta: Option<Duration>) -> Body {
+    Body::Accepted {
+        queue_position: ahead,
+        eta_ms: eta.map(|eta| eta.as_millis() as u64),
     }
 }
 

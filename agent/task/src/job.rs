@@ -129,6 +129,11 @@ impl Job {
         self.started = Some(now.own);
     }
 
+    /// Time since it was accepted.
+    pub fn age(&self, now: Now) -> Duration {
+        now.own.saturating_sub(self.accepted)
+    }
+
     /// Time in the model so far.
     pub fn service(&self, now: Now) -> Duration {
         self.started

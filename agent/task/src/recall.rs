@@ -3,7 +3,6 @@
 
 use crate::job::Ticket;
 use crate::wire::Key;
-use sha2::{Digest, Sha256};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
@@ -24,8 +23,6 @@ pub struct Recalled {
     pub task_digest: [u8; 32],
     /// The final event's name.
     pub event: &'static str,
-    /// Of the final event's payload.
-    pub digest: [u8; 32],
     pub bytes_len: usize,
     /// The payload; `None` once it had to go.
     pub bytes: Option<Vec<u8>>,
@@ -68,7 +65,6 @@ impl Recalled {
             ticket,
             task_digest,
             event,
-            digest: Sha256::digest(&bytes).into(),
             bytes_len: bytes.len(),
             bytes: Some(bytes),
             at,

@@ -58,13 +58,17 @@ impl Poller {
     /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
     pub async fn run(mut self) {
         loop {
+            let mut taken_over = false;
             let (signal, lost) = match self.eventloop.poll().await {
                 Ok(Event::Incoming(packet)) => (self.incoming(packet), None),
                 Ok(Event::Outgoing(sent)) => {
                     self.outgoing(&sent);
                     (None, self.intake.is_behind().then(|| self.behind()))
                 }
-                Err(error) => (None, Some(self.explain(&error))),
+                Err(error) => {
+                    taken_over = is_taken_over(&error);
+                    (None, Some(self.explain(&error)))
+                }
             };
             self.link.flush_acks();
             if let Some(signal) = signal
@@ -74,6 +78,10 @@ impl Poller {
             }
             if let Some(reason) = lost {
                 self.reset();
+                if taken_over {
+                    // The other one does the same when we come back: no quick fight over the session.
+                    self.backoff = BACKOFF_LAST;
+                }
                 if self.link.lock().closing
                     || self.signals.send(Signal::Offline { reason }).await.is_err()
                 {
@@ -207,10 +215,7 @@ impl Poller {
             ConnectionError::Timeout(_) => {
                 (format!("the broker at {place} does not answer"), false)
             }
-            ConnectionError::MqttState(StateError::ServerDisconnect {
-                reason_code: DisconnectReasonCode::SessionTakenOver,
-                ..
-            }) => (
+            error if is_taken_over(error) => (
                 format!(
                     "another client connected to {place} under this client id: each gateway needs its own"
                 ),
@@ -226,4 +231,15 @@ impl Poller {
         };
         Lost { reason, needs_help }
     }
+}
+
+/// Whether another client came under our client id.
+fn is_taken_over(error: &ConnectionError) -> bool {
+    matches!(
+        error,
+        ConnectionError::MqttState(StateError::ServerDisconnect {
+            reason_code: DisconnectReasonCode::SessionTakenOver,
+            ..
+        })
+    )
 }

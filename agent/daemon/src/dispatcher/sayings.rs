@@ -3,7 +3,7 @@
 use super::{Dispatcher, Parts, outgoing};
 use crate::broker::Outgoing;
 use crate::card::{self, State};
-use crate::journal::{Change, Mark};
+use crate::journal::Mark;
 use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
 use crate::worker::{Load, Prepare};
@@ -31,7 +31,7 @@ impl<P: Prepare> Dispatcher<P> {
         let default = self.decoder.base.result(&key.sender, &key.task);
         if is_last_word || forbidden && topic == default {
             // Set aside: nobody will ever have it.
-            self.note(Change::Delivered(ticket));
+            self.delivered(&key, ticket);
             return;
         }
         let body = wire::Body::Failed(Refusal::new(Code::ReplyUndeliverable, reason));
@@ -50,22 +50,35 @@ impl<P: Prepare> Dispatcher<P> {
         );
     }
 
-    pub fn set_state(&mut self, state: State, reason: &str) {
-        self.state = (state, reason.to_owned());
-        if self.subscribed {
-            self.say_state();
+    /// How the gateway is, and why.
+    fn state(&self) -> (State, String) {
+        if let Some(goodbye) = &self.goodbye {
+            return goodbye.clone();
         }
+        if self.is_draining {
+            return (State::Draining, "shutting down".into());
+        }
+        if let Some(why) = &self.trouble {
+            return (
+                State::Degraded,
+                format!("the journal can't be written: {why}"),
+            );
+        }
+        if self.is_unheard {
+            let reason = "the broker refuses the subscription to tasks";
+            return (State::Degraded, reason.into());
+        }
+        (State::Online, String::new())
     }
 
     pub(super) fn say_state(&mut self) {
+        if !self.subscribed {
+            return;
+        }
+        let (state, reason) = self.state();
         let (config, clock) = (&self.parts.config, &self.parts.clock);
-        let payload = card::state(
-            config,
-            self.state.0,
-            &self.state.1,
-            clock.boot_id(),
-            Some(clock.now()),
-        );
+        let now = Some(clock.now());
+        let payload = card::state(config, state, &reason, clock.boot_id(), now);
         self.retain(self.decoder.base.state(), payload);
     }
 
@@ -103,6 +116,7 @@ impl<P: Prepare> Dispatcher<P> {
             "clock": if now.synced { "synced" } else { "unsynced" },
             "machine": machine,
             "queue": self.admission.waiting(), "running": self.admission.running(),
+            "estimate_error": self.admission.estimate_error(),
             "counts": self.tally.counts(),
             "kv_tokens_used": load.kv_tokens_used, "kv_tokens_max": load.kv_tokens_max,
             "memory_bandwidth_share": share,

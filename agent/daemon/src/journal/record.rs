@@ -78,7 +78,6 @@ pub(super) struct SaidRow {
     /// Of the task, where the event is to be remembered.
     remembered: Option<[u8; 32]>,
     bytes_len: u64,
-    bytes_digest: [u8; 32],
     /// Absent once it had to go.
     bytes: Option<Vec<u8>>,
 }
@@ -214,8 +213,6 @@ impl ReplyRow {
 
 impl SaidRow {
     pub(super) fn new(post: &Post, at: Duration) -> Self {
-        let digest = post.remembered.unwrap_or_default();
-        let recalled = Recalled::new(post.ticket, at, digest, post.event, post.bytes.clone());
         Self {
             sender: post.key.sender.clone(),
             task: post.key.task.clone(),
@@ -224,8 +221,7 @@ impl SaidRow {
             reply: ReplyRow::new(&post.reply),
             remembered: post.remembered,
             bytes_len: post.bytes.len() as u64,
-            bytes_digest: recalled.digest,
-            bytes: recalled.bytes,
+            bytes: Some(post.bytes.clone()),
         }
     }
 
@@ -252,7 +248,6 @@ impl SaidRow {
             ticket,
             task_digest,
             event: self.event()?,
-            digest: self.bytes_digest,
             bytes_len: self.bytes_len as usize,
             bytes: self.bytes.clone(),
             at: Duration::from_millis(self.at_ms),
@@ -273,6 +268,11 @@ impl SaidRow {
             remembered: self.remembered,
         };
         Ok(self.bytes.map(post))
+    }
+
+    /// When it was said, in milliseconds.
+    pub(super) fn at_ms(&self) -> u64 {
+        self.at_ms
     }
 
     fn key(&self) -> Key {

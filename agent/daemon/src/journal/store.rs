@@ -6,9 +6,8 @@ use super::{Change, Past};
 use millwright_task::job::Ticket;
 use millwright_task::limits::JOURNAL_CACHE_BYTES;
 use millwright_task::wire::Key;
-use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, Table, TableDefinition,
-};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, Table, TableDefinition};
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
@@ -110,15 +109,7 @@ fn database(path: &Path) -> Result<Database, OpenError> {
     let mut builder = builder();
     // The file is small, and a start rare: damage is found here, not on the way.
     builder.set_check_integrity_on_open(true);
-    builder.create(path).map_err(|e| match e {
-        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
-            OpenError::Taken
-        }
-        DatabaseError::Storage(StorageError::Io(e)) if e.kind() != ErrorKind::InvalidData => {
-            OpenError::Disk(e)
-        }
-        other => OpenError::Unusable(other.to_string()),
-    })
+    Ok(builder.create(path)?)
 }
 
 impl From<Unreadable> for OpenError {
@@ -127,11 +118,31 @@ impl From<Unreadable> for OpenError {
     }
 }
 
-impl From<redb::Error> for OpenError {
-    fn from(e: redb::Error) -> Self {
+impl From<DatabaseError> for OpenError {
+    fn from(e: DatabaseError) -> Self {
         match e {
-            redb::Error::Io(e) if e.kind() != ErrorKind::InvalidData => Self::Disk(e),
-            other => Self::Unusable(other.to_string()),
+            DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => Self::Taken,
+            other => redb::Error::from(other).into(),
+        }
+    }
+}
+
+impl From<redb::Error> for OpenError {
+    /// Only what is certain to be the file's fault is that: it costs all that the file holds.
+    fn from(e: redb::Error) -> Self {
+        use redb::Error;
+        match e {
+            Error::Io(e) => match e.kind() {
+                ErrorKind::InvalidData | ErrorKind::UnexpectedEof => Self::Unusable(e.to_string()),
+                _ => Self::Disk(e),
+            },
+            Error::Corrupted(_)
+            | Error::UpgradeRequired(_)
+            | Error::TableTypeMismatch { .. }
+            | Error::TypeDefinitionChanged { .. }
+            | Error::TableIsMultimap(_)
+            | Error::TableDoesNotExist(_) => Self::Unusable(e.to_string()),
+            other => Self::Disk(std::io::Error::other(other)),
         }
     }
 }
@@ -143,26 +154,31 @@ fn read(database: &Database) -> Result<Past, OpenError> {
         let reason = format!("its format is {version}, and this program knows {FORMAT_VERSION}");
         return Err(OpenError::Unusable(reason));
     }
-    let mut rows = rows(database)?;
+    let rows = rows(database)?;
     let mut past = Past {
         stamp: rows.stamp,
         last: Ticket(rows.last),
         cancels: rows.cancels,
         ..Past::default()
     };
+    let notes: HashMap<_, _> = rows.notes.into_iter().collect();
     for (ticket, bytes) in rows.tasks {
         let row: TaskRow = decode(&bytes)?;
-        let note = rows.notes.iter().find(|(of, _)| *of == ticket);
-        let note: NoteRow = note.map_or(Ok(NoteRow::default()), |(_, bytes)| decode(bytes))?;
+        let note = notes.get(&ticket);
+        let note: NoteRow = note.map_or(Ok(NoteRow::default()), |bytes| decode(bytes))?;
         past.open.push(row.kept(Ticket(ticket), note));
     }
+    let mut unsent = Vec::new();
     for (ticket, bytes) in rows.said {
         let row: SaidRow = decode(&bytes)?;
         past.finals.extend(row.recalled(Ticket(ticket))?);
-        if rows.unsent.remove(&ticket) {
-            past.unsent.extend(row.post(Ticket(ticket))?);
+        if rows.unsent.contains(&ticket) {
+            let at = row.at_ms();
+            unsent.extend(row.post(Ticket(ticket))?.map(|post| (at, post)));
         }
     }
+    unsent.sort_by_key(|(at, post)| (*at, post.ticket));
+    past.unsent = unsent.into_iter().map(|(_, post)| post).collect();
     // As the dedup window wants them: the oldest first, and those without their text are that.
     past.finals
         .sort_by_key(|(_, r)| (r.bytes.is_some(), r.at, r.ticket));
@@ -173,7 +189,7 @@ fn read(database: &Database) -> Result<Past, OpenError> {
 /// The file's format; a new file gets ours.
 fn version(database: &Database) -> Result<u32, redb::Error> {
     let transaction = database.begin_write()?;
-    let version = {
+    let known = {
         let mut meta = transaction.open_table(META)?;
         let known = meta.get(FORMAT)?.map(|v| v.value().to_vec());
         let version = known.map(|bytes| bytes.try_into().map_or(0, u32::from_le_bytes));
@@ -185,10 +201,14 @@ fn version(database: &Database) -> Result<u32, redb::Error> {
             transaction.open_table(UNSENT)?;
             transaction.open_table(CANCELS)?;
         }
-        version.unwrap_or(FORMAT_VERSION)
+        version
     };
-    transaction.commit()?;
-    Ok(version)
+    // A start of an old file writes nothing.
+    match known {
+        Some(_) => transaction.abort()?,
+        None => transaction.commit()?,
+    }
+    Ok(known.unwrap_or(FORMAT_VERSION))
 }
 
 #[derive(Default)]
@@ -196,7 +216,7 @@ struct Rows {
     tasks: Vec<(u64, Vec<u8>)>,
     notes: Vec<(u64, Vec<u8>)>,
     said: Vec<(u64, Vec<u8>)>,
-    unsent: std::collections::BTreeSet<u64>,
+    unsent: HashSet<u64>,
     cancels: Vec<(Duration, Key)>,
     stamp: Option<Stamp>,
     last: u64,
@@ -262,7 +282,9 @@ fn write(database: &Database, changes: &[Change], stamp: &Stamp) -> Result<(), r
                 Change::Moved { ticket, reply } => {
                     note(&mut notes, *ticket, |row| row.move_to(reply))?;
                 }
-                Change::Begun(ticket) => note(&mut notes, *ticket, |row| row.begun += 1)?,
+                Change::Begun { ticket, times } => {
+                    note(&mut notes, *ticket, |row| row.begun = *times)?;
+                }
                 Change::Cancelled(ticket) => note(&mut notes, *ticket, |row| row.cancelled = true)?,
                 Change::Said { post, at } => {
                     let row = SaidRow::new(post, *at);
@@ -306,7 +328,9 @@ fn write(database: &Database, changes: &[Change], stamp: &Stamp) -> Result<(), r
                 }
             }
         }
-        if let Some(last) = last {
+        let stored = meta.get(LAST)?.and_then(|v| v.value().try_into().ok());
+        let stored = stored.map(u64::from_le_bytes);
+        if let Some(last) = last.filter(|last| Some(*last) > stored) {
             meta.insert(LAST, last.to_le_bytes().as_slice())?;
         }
         meta.insert(TIME, encode(stamp).as_slice())?;

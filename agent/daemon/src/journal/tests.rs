@@ -106,12 +106,11 @@ fn an_accepted_task_comes_back_as_it_was() {
         ticket: Ticket(3),
         reply: reply("elsewhere"),
     };
-    let noted = [
-        Change::Begun(Ticket(3)),
-        moved,
-        Change::Begun(Ticket(3)),
-        Change::Cancelled(Ticket(3)),
-    ];
+    let begun = |times| Change::Begun {
+        ticket: Ticket(3),
+        times,
+    };
+    let noted = [begun(1), moved, begun(2), Change::Cancelled(Ticket(3))];
     let past = after(&[&[accepted(3, "a"), accepted(4, "b")], &noted]);
     let moved = Task {
         reply: reply("elsewhere"),
@@ -149,6 +148,38 @@ fn an_answer_is_kept_until_it_is_delivered_and_remembered_beyond() {
     assert_eq!((unsent(&past), past.finals.len()), (vec![2], 0));
     let past = after(&[&refused, &[Change::Delivered(Ticket(2))]]);
     assert_eq!((unsent(&past), past.last), (vec![], Ticket(2)));
+}
+
+#[test]
+fn tickets_never_go_back_and_what_was_said_first_is_sent_first() {
+    let past = after(&[
+        &[said(6, "refused", false)],
+        &[Change::Said {
+            post: post(5, "a", true),
+            at: Duration::from_millis(7),
+        }],
+    ]);
+    assert_eq!((past.last, unsent(&past)), (Ticket(6), vec![6, 5]));
+}
+
+#[test]
+fn a_disk_that_hangs_is_no_bottomless_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(folder.path()).unwrap().0;
+    let large = Task {
+        bytes: 256 << 10,
+        ..task("a")
+    };
+    let mut count = 0;
+    while journal.has_room() {
+        count += 1;
+        journal.note(Change::Accepted {
+            ticket: Ticket(count),
+            task: Box::new(large.clone()),
+            seed: 0,
+        });
+    }
+    assert!((40..100).contains(&count), "{count}");
 }
 
 #[test]

@@ -13,6 +13,13 @@ fn at(seconds: u64) -> Now {
     }
 }
 
+fn share(tasks_max: usize, priority_max: u8) -> Share {
+    Share {
+        tasks_max,
+        priority_max,
+    }
+}
+
 fn rules() -> Rules {
     Rules {
         gateway: "gw".into(),
@@ -26,7 +33,8 @@ fn rules() -> Rules {
             tasks_max: 100,
             bytes_max: 100_000,
         },
-        priority_max: HashMap::from([("hmi".into(), 3)]),
+        share: share(2, 9),
+        shares: HashMap::from([("hmi".into(), share(2, 3))]),
     }
 }
 
@@ -69,8 +77,16 @@ fn task(id: &str) -> Task {
 }
 
 fn offer(gate: &mut Admission<()>, now: u64, task: Task) -> (Decision, Body) {
-    let (decision, post) = gate.offer(at(now), task, |_| Ok(()));
+    let (decision, post) = gate.offer(at(now), task, |_| Ok(work()));
     (decision, body(&post))
+}
+
+fn work() -> ((), Size) {
+    let size = Size {
+        prompt_tokens: 1,
+        answer_tokens: 9,
+    };
+    ((), size)
 }
 
 fn body(post: &Post) -> Body {
@@ -114,7 +130,7 @@ fn a_task_is_accepted_started_streamed_and_done_in_one_run() {
             eta_ms: None
         }
     );
-    let (ticket, ()) = gate.next(at(1)).unwrap();
+    let (ticket, (), _) = gate.next(at(1)).unwrap();
     assert_eq!(accepted(decision), ticket);
     let posts = [
         gate.started(at(1), ticket).unwrap(),
@@ -232,7 +248,7 @@ fn a_resent_task_runs_once_and_is_answered_with_the_same_bytes() {
     };
     let moved = Decision::Repeated { moved: true };
     assert_eq!(offer(&mut gate, 1, resent.clone()).0, moved);
-    let (ticket, ()) = gate.next(at(1)).unwrap();
+    let (ticket, (), _) = gate.next(at(1)).unwrap();
     let last = gate.finish(at(2), ticket, done("text")).unwrap();
     assert_eq!(last.reply.topic, "elsewhere");
     let (decision, again) = gate.offer(at(3), task("a"), |_| panic!("prepared twice"));
@@ -311,7 +327,7 @@ fn deadlines_end_the_waiting_at_once_and_stop_the_running_once() {
             ..task("waits")
         },
     );
-    let (ticket, ()) = gate.next(at(0)).unwrap_or_else(|| panic!("a slot is free"));
+    let (ticket, (), _) = gate.next(at(0)).unwrap_or_else(|| panic!("a slot is free"));
     assert_eq!(gate.next_deadline(), Some(Duration::from_secs(50)));
     assert_eq!(gate.tick(at(49)), Due::default());
     let due = gate.tick(at(50));
@@ -339,31 +355,166 @@ fn deadlines_end_the_waiting_at_once_and_stop_the_running_once() {
     assert_eq!(offer(&mut gate, 61, task("waits")).0, Decision::Recalled);
 }
 
+/// Two seconds for the prompt's token and for each of the answer's.
+fn slowly() -> Outcome {
+    let Outcome::Done {
+        finish, provenance, ..
+    } = done("")
+    else {
+        unreachable!()
+    };
+    let usage = Usage {
+        prompt_tokens: 1,
+        generated_tokens: 9,
+        ..Usage::default()
+    };
+    let product = Product {
+        text: String::new(),
+        usage,
+        prefill: Duration::from_secs(2),
+        decode: Duration::from_secs(16),
+    };
+    Outcome::Done {
+        finish,
+        product,
+        provenance,
+    }
+}
+
 #[test]
-fn a_task_that_cannot_start_in_time_is_told_at_once() {
+fn a_task_that_cannot_be_done_in_time_is_told_at_once() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("a"));
-    let (ticket, ()) = gate.next(at(0)).unwrap();
-    gate.finish(at(20), ticket, done("")).unwrap();
+    let (ticket, (), _) = gate.next(at(0)).unwrap();
+    gate.finish(at(20), ticket, slowly()).unwrap();
+    assert_eq!(gate.estimate_error(), None, "nothing was estimated yet");
     offer(&mut gate, 20, task("b"));
-    gate.next(at(20)).unwrap();
+    let (ticket, (), _) = gate.next(at(20)).unwrap();
     let (decision, body) = offer(
         &mut gate,
         20,
         Task {
-            deadline: Duration::from_secs(25),
+            deadline: Duration::from_secs(59),
             ..task("c")
         },
     );
     assert_eq!(decision, Decision::Refused(Code::DeadlineUnreachable));
-    assert!(matches!(body, Body::Rejected(r) if r.eta_ms == Some(10_000)));
+    assert!(matches!(body, Body::Rejected(r) if r.eta_ms == Some(40_000)));
     let (_, body) = offer(&mut gate, 20, task("d"));
     assert_eq!(
         body,
         Body::Accepted {
             queue_position: 0,
-            eta_ms: Some(30_000)
+            eta_ms: Some(40_000)
         }
+    );
+    // It took half as long again as was thought.
+    gate.finish(at(50), ticket, slowly()).unwrap();
+    let error = gate.estimate_error().unwrap();
+    assert!((error - 1.0 / 3.0).abs() < 1e-9, "{error}");
+}
+
+fn roomy() -> Rules {
+    Rules {
+        queue_tasks_max: 40,
+        queue_bytes_max: 4000,
+        share: share(30, 9),
+        ..rules()
+    }
+}
+
+fn of(sender: &str, id: &str, priority: u8) -> Task {
+    let key = Key {
+        sender: sender.into(),
+        task: id.into(),
+    };
+    Task {
+        key,
+        priority,
+        deadline: Duration::from_hours(1),
+        ..task(id)
+    }
+}
+
+/// Runs what waits, one after the other, for `seconds` each; the ids in the order in which they ran.
+fn order(gate: &mut Admission<()>, mut now: u64, seconds: u64) -> Vec<String> {
+    let mut ids = Vec::new();
+    while let Some((ticket, (), _)) = gate.next(at(now)) {
+        ids.push(gate.job(ticket).unwrap().task.key.task.clone());
+        now += seconds;
+        gate.finish(at(now), ticket, done("")).unwrap();
+    }
+    ids
+}
+
+#[test]
+fn who_floods_waits_behind_his_own() {
+    let mut gate = Admission::new(roomy());
+    for i in 0..30 {
+        accepted(offer(&mut gate, 0, of("mes", &format!("m{i}"), 5)).0);
+    }
+    let (decision, body) = offer(&mut gate, 0, of("mes", "more", 5));
+    assert_eq!(decision, Decision::Refused(Code::Busy));
+    assert!(matches!(body, Body::Rejected(r) if r.limit == Some(30)));
+    // He may still say that one of his is urgent, and another has room.
+    accepted(offer(&mut gate, 2, of("ops", "o1", 5)).0);
+    accepted(offer(&mut gate, 2, of("ops", "o2", 5)).0);
+    let ran = order(&mut gate, 2, 1);
+    assert_eq!(ran.len(), 32);
+    let place = |id: &str| ran.iter().position(|ran| ran == id).unwrap();
+    assert!(place("o1") <= 3 && place("o2") <= 5, "{ran:?}");
+    assert!(place("m0") < place("m1") && place("m28") < place("m29"));
+}
+
+#[test]
+fn his_own_urgent_task_passes_the_flood() {
+    let mut gate = Admission::new(roomy());
+    for i in 0..20 {
+        accepted(offer(&mut gate, 0, of("mes", &format!("m{i}"), 5)).0);
+    }
+    accepted(offer(&mut gate, 1, of("mes", "urgent", 6)).0);
+    assert_eq!(order(&mut gate, 1, 1)[0], "urgent");
+}
+
+#[test]
+fn low_priority_is_late_and_never_starves() {
+    let mut gate = Admission::new(roomy());
+    accepted(offer(&mut gate, 0, of("mes", "low", 0)).0);
+    // Each second another urgent one, as fast as they are done.
+    let mut now = 0;
+    let waited = loop {
+        accepted(offer(&mut gate, now, of(&format!("s{now}"), "high", 9)).0);
+        let (ticket, (), _) = gate.next(at(now)).unwrap();
+        if gate.job(ticket).unwrap().task.key.task == "low" {
+            break now;
+        }
+        now += 1;
+        gate.finish(at(now), ticket, done("")).unwrap();
+    };
+    assert!((130..=140).contains(&waited), "{waited}");
+}
+
+#[test]
+fn one_sender_takes_its_share_of_the_bytes_and_no_more() {
+    let mut gate = Admission::new(roomy());
+    let large = |sender: &str, id: &str| Task {
+        bytes: 1500,
+        ..of(sender, id, 5)
+    };
+    accepted(offer(&mut gate, 0, large("mes", "a")).0);
+    accepted(offer(&mut gate, 0, large("mes", "b")).0);
+    let (decision, _) = offer(&mut gate, 0, large("mes", "c"));
+    assert_eq!(decision, Decision::Refused(Code::Busy));
+    accepted(
+        offer(
+            &mut gate,
+            0,
+            Task {
+                bytes: 900,
+                ..of("ops", "d", 5)
+            },
+        )
+        .0,
     );
 }
 
@@ -371,7 +522,7 @@ fn a_task_that_cannot_start_in_time_is_told_at_once() {
 fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("runs"));
-    let (ticket, ()) = gate.next(at(0)).unwrap();
+    let (ticket, (), _) = gate.next(at(0)).unwrap();
     offer(&mut gate, 0, task("waits"));
     let cancel = |id: &str, gate: &mut Admission<()>| gate.cancel(at(1), &key(id), &reply("x"));
     assert!(
@@ -413,7 +564,7 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
 fn a_finish_that_crosses_the_cancel_is_done() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("a"));
-    let (ticket, ()) = gate.next(at(0)).unwrap();
+    let (ticket, (), _) = gate.next(at(0)).unwrap();
     assert_eq!(
         gate.cancel(at(1), &key("a"), &reply("x")),
         Cancelled::Running(ticket)
@@ -428,9 +579,9 @@ fn a_finish_that_crosses_the_cancel_is_done() {
 fn a_closed_gate_still_answers_what_it_knows() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("runs"));
-    let (ticket, ()) = gate.next(at(0)).unwrap();
+    let (ticket, (), _) = gate.next(at(0)).unwrap();
     offer(&mut gate, 0, task("waits"));
-    gate.close(Refusal::new(Code::Draining, "shutting down".into()));
+    gate.close(Some(Refusal::new(Code::Draining, "shutting down".into())));
     assert_eq!(
         offer(&mut gate, 1, task("new")).0,
         Decision::Refused(Code::Draining)
@@ -446,7 +597,7 @@ fn a_closed_gate_still_answers_what_it_knows() {
 fn an_answer_beyond_its_bound_fails_and_is_never_cut() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("a"));
-    let (ticket, ()) = gate.next(at(0)).unwrap();
+    let (ticket, (), _) = gate.next(at(0)).unwrap();
     let (post, stop) = gate.text(at(1), ticket, "x".repeat(limits::ANSWER_BYTES_MAX));
     assert!(post.is_some() && !stop);
     assert_eq!(gate.text(at(1), ticket, "x".into()), (None, true));
@@ -471,12 +622,12 @@ fn a_task_that_takes_the_gateway_down_each_time_fails_in_the_end() {
     };
     let mut gate = Admission::new(rules());
     let post = gate
-        .resume(at(0), kept(limits::BEGUN_MAX - 1), |_| Ok(()))
+        .resume(at(0), kept(limits::BEGUN_MAX - 1), |_| Ok(work()))
         .unwrap();
     assert_eq!((post.event, post.ticket), ("accepted", Ticket(7)));
     let mut gate = Admission::new(rules());
     let post = gate
-        .resume(at(0), kept(limits::BEGUN_MAX), |_| Ok(()))
+        .resume(at(0), kept(limits::BEGUN_MAX), |_| Ok(work()))
         .unwrap_err();
     assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::Internal));
     // Resent, it is answered with that.
@@ -549,8 +700,10 @@ impl Life {
             Op::Offer(id, priority, seconds) => self.offer(&id.to_string(), priority, seconds),
             Op::Cancel(id) => self.cancel(&id.to_string()),
             Op::Next => {
-                if let Some((ticket, ())) = self.gate.next(at(self.now)) {
-                    self.kept(ticket).begun += 1;
+                if let Some((ticket, (), begun)) = self.gate.next(at(self.now)) {
+                    let kept = self.kept(ticket);
+                    kept.begun += 1;
+                    assert_eq!(kept.begun, begun);
                     self.running.push(ticket);
                 }
             }
@@ -580,7 +733,7 @@ impl Life {
             deadline,
             ..task(id)
         };
-        let (decision, _) = self.gate.offer(at(self.now), task.clone(), |_| Ok(()));
+        let (decision, _) = self.gate.offer(at(self.now), task.clone(), |_| Ok(work()));
         if let Decision::Accepted(ticket) = decision {
             let kept = Kept {
                 ticket,
@@ -630,7 +783,7 @@ impl Life {
         open.sort_by_key(|kept| kept.ticket);
         for kept in open {
             let (ticket, must_end) = (kept.ticket, kept.cancelled || kept.begun >= 5);
-            match self.gate.resume(now, kept, |_| Ok(())) {
+            match self.gate.resume(now, kept, |_| Ok(work())) {
                 Ok(post) => assert_eq!((post.ticket, must_end), (ticket, false)),
                 Err(post) => self.end(&post),
             }
@@ -642,14 +795,14 @@ proptest! {
     /// Whatever happens, restarts too, each accepted task gets exactly one final event, and the bounds hold.
     #[test]
     fn every_accepted_task_ends_exactly_once(ops in ops()) {
-        let rules = Rules { slots: 2, queue_tasks_max: 3, queue_bytes_max: 350, ..rules() };
+        let rules = Rules { slots: 2, queue_tasks_max: 3, queue_bytes_max: 350, share: share(3, 9), ..rules() };
         let mut life = Life::new(rules);
         for op in ops {
             life.obey(&op);
             let (gate, running) = (&life.gate, life.running.len());
             prop_assert!(gate.running() == running && running <= 2);
             // What ran before a restart waits again.
-            prop_assert!(gate.waiting() <= 5 && gate.waiting_bytes <= 550);
+            prop_assert!(gate.waiting() <= 5 && gate.queue.bytes() <= 550);
             prop_assert_eq!(gate.waiting() + gate.running(), life.open.len());
             prop_assert_eq!(gate.is_idle(), life.open.is_empty());
         }
