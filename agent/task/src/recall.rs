@@ -108,11 +108,13 @@ impl Recall {
         std::mem::take(&mut self.gone)
     }
 
-    /// Remembers a final event. A task ends once, so a known key is left as it is.
+    /// Remembers a final event. Of one key the newest counts: an older one was forgotten, perhaps not yet on disk.
     pub fn put(&mut self, now: Duration, key: Key, recalled: Recalled) {
         self.forget_old(now);
-        if self.tasks.contains_key(&key) {
-            return;
+        match self.tasks.get(&key) {
+            Some(known) if known.ticket >= recalled.ticket => return,
+            Some(_) => self.forget(&key),
+            None => {}
         }
         while self.order.len() >= self.window.tasks_max {
             self.forget_oldest();
@@ -143,12 +145,19 @@ impl Recall {
     }
 
     fn forget_oldest(&mut self) {
-        let oldest = self.order.pop_front();
-        let Some(recalled) = oldest.and_then(|key| self.tasks.remove(&key)) else {
+        if let Some(oldest) = self.order.front().cloned() {
+            self.forget(&oldest);
+        }
+    }
+
+    fn forget(&mut self, key: &Key) {
+        let place = self.order.iter().position(|known| known == key);
+        let (Some(place), Some(recalled)) = (place, self.tasks.remove(key)) else {
             return;
         };
+        self.order.remove(place);
         self.gone.push(Gone::Final(recalled.ticket));
-        if self.bare > 0 {
+        if place < self.bare {
             self.bare -= 1;
         } else {
             self.bytes -= recalled.bytes_len;
@@ -179,6 +188,22 @@ mod tests {
             sender: "s".into(),
             task: i.to_string(),
         }
+    }
+
+    #[test]
+    fn of_one_task_the_newest_end_counts() {
+        let mut recall = Recall::new(Window {
+            age_max: Duration::from_mins(1),
+            tasks_max: 10,
+            bytes_max: 100,
+        });
+        for ticket in [3, 7, 5] {
+            let again = done(ticket, Duration::ZERO, ticket as usize);
+            recall.put(Duration::ZERO, key(0), again);
+        }
+        let known = recall.get(Duration::ZERO, &key(0)).unwrap().ticket;
+        assert_eq!((known, recall.len(), recall.bytes()), (Ticket(7), 1, 7));
+        assert_eq!(recall.take_gone(), [Gone::Final(Ticket(3))]);
     }
 
     fn done(i: u32, at: Duration, len: usize) -> Recalled {

@@ -4,6 +4,7 @@ use super::*;
 use crate::job::Class;
 use crate::wire::{Finish, Format, Kind, Provenance, Sampling, decode_event};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 fn at(seconds: u64) -> Now {
     Now {
@@ -658,7 +659,10 @@ enum Op {
     Next,
     Finish(bool),
     Pass(u64),
-    Restart,
+    /// The answer outgrows its bound.
+    Outgrow,
+    /// With a model that takes the tasks of before, or doesn't.
+    Restart(bool),
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -668,7 +672,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => Just(Op::Next),
         4 => any::<bool>().prop_map(Op::Finish),
         3 => (0u64..20).prop_map(Op::Pass),
-        1 => Just(Op::Restart),
+        1 => Just(Op::Outgrow),
+        1 => (0u8..5).prop_map(|n| Op::Restart(n > 0)),
     ];
     proptest::collection::vec(op, 0..120)
 }
@@ -722,7 +727,13 @@ impl Life {
                 due.posts.iter().for_each(|post| self.end(post));
                 assert!(due.stop.iter().all(|t| self.running.contains(t)));
             }
-            Op::Restart => self.restart(),
+            Op::Outgrow => {
+                if let Some(&ticket) = self.running.first() {
+                    let text = "x".repeat(limits::ANSWER_BYTES_MAX + 1);
+                    self.gate.text(at(self.now), ticket, text);
+                }
+            }
+            Op::Restart(takes) => self.restart(takes),
         }
     }
 
@@ -733,7 +744,10 @@ impl Life {
             deadline,
             ..task(id)
         };
-        let (decision, _) = self.gate.offer(at(self.now), task.clone(), |_| Ok(work()));
+        let (decision, post) = self.gate.offer(at(self.now), task.clone(), |_| Ok(work()));
+        if let Decision::Ended(_) = decision {
+            self.remember(&post);
+        }
         if let Decision::Accepted(ticket) = decision {
             let kept = Kept {
                 ticket,
@@ -767,12 +781,16 @@ impl Life {
         assert_eq!(post.class, Class::Final);
         let kept = self.open.remove(&post.key.task);
         assert_eq!(kept.expect("it ends once").ticket, post.ticket);
+        self.remember(post);
+    }
+
+    fn remember(&mut self, post: &Post) {
         let now = Duration::from_secs(self.now);
         let recalled = Recalled::new(post.ticket, now, [1; 32], post.event, post.bytes.clone());
         self.finals.push((post.key.clone(), recalled));
     }
 
-    fn restart(&mut self) {
+    fn restart(&mut self, takes: bool) {
         let now = at(self.now);
         self.gate = Admission::new(self.rules.clone());
         self.running.clear();
@@ -783,12 +801,84 @@ impl Life {
         open.sort_by_key(|kept| kept.ticket);
         for kept in open {
             let (ticket, must_end) = (kept.ticket, kept.cancelled || kept.begun >= 5);
-            match self.gate.resume(now, kept, |_| Ok(work())) {
-                Ok(post) => assert_eq!((post.ticket, must_end), (ticket, false)),
+            let prepare = |_: &Task| match takes {
+                true => Ok(work()),
+                false => Err(Refusal::context_overflow(9, 8)),
+            };
+            match self.gate.resume(now, kept, prepare) {
+                Ok(post) => assert_eq!((post.ticket, must_end, takes), (ticket, false, true)),
                 Err(post) => self.end(&post),
             }
         }
     }
+
+    /// Where a task is, by the names of agent/ARCHITECTURE.md.
+    fn state(&mut self, id: &str) -> &'static str {
+        let job = self.gate.tickets.get(&key(id));
+        match job.and_then(|ticket| self.gate.job(*ticket)) {
+            Some(job) if !job.is_running() => "waiting",
+            Some(job) if job.stop.is_some() => "stopping",
+            Some(_) => "running",
+            None => {
+                let now = Duration::from_secs(self.now);
+                let is_known = self.gate.recall.get(now, &key(id)).is_some();
+                if is_known { "final" } else { "new" }
+            }
+        }
+    }
+}
+
+/// The states of a task's life and what leads from one to another, as the map has them: from, whether by a restart, to.
+fn on_the_map() -> BTreeSet<(&'static str, bool, &'static str)> {
+    let map = include_str!("../../../ARCHITECTURE.md");
+    let section = map.split("## A task's life").nth(1).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
+    let row = |line: &'static str| {
+        let cells: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
+        (cells[0], cells[1].starts_with("a restart"), cells[2])
+    };
+    rows.map(row).collect()
+}
+
+#[test]
+fn the_map_shows_the_transitions_that_there_are() {
+    const IDS: [&str; 6] = ["0", "1", "2", "3", "4", "5"];
+    let rules = Rules {
+        slots: 2,
+        queue_tasks_max: 3,
+        share: share(3, 9),
+        window: Window {
+            age_max: Duration::from_secs(60),
+            ..rules().window
+        },
+        ..rules()
+    };
+    let mut life = Life::new(rules);
+    let mut seen = BTreeSet::new();
+    let mut seed = 7u64;
+    let mut random = |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % below
+    };
+    for _ in 0..40_000 {
+        let op = match random(16) {
+            0..5 => Op::Offer(random(6) as u8, random(10) as u8, 1 + random(40)),
+            5..7 => Op::Cancel(random(6) as u8),
+            7..10 => Op::Next,
+            10..12 => Op::Finish(random(2) == 0),
+            12 | 13 => Op::Pass(random(6)),
+            14 => Op::Outgrow,
+            _ => Op::Restart(random(6) > 0),
+        };
+        let before = IDS.map(|id| life.state(id));
+        life.obey(&op);
+        let after = IDS.map(|id| life.state(id));
+        let is_restart = matches!(op, Op::Restart(_));
+        let moved = before.into_iter().zip(after).filter(|(a, b)| a != b);
+        seen.extend(moved.map(|(from, to)| (from, is_restart, to)));
+    }
+    assert_eq!(seen, on_the_map());
 }
 
 proptest! {
