@@ -226,7 +226,8 @@ fn write_users(folder: &Path) {
         pattern write millwright/v1/plant/gw-1/task/%u\n\
         pattern write millwright/v1/plant/gw-1/cancel/%u\n\
         pattern read millwright/v1/plant/gw-1/result/%u/#\n\
-        pattern read millwright/v1/plant/gw-1/state\n";
+        pattern read millwright/v1/plant/gw-1/state\n\
+        pattern read millwright/v1/plant/gw-1/alarm/#\n";
     fs::write(folder.join("acl"), acl).expect("the ACL");
 }
 

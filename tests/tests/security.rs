@@ -1,6 +1,7 @@
 //! Who may connect, and whom the agent trusts.
 
-use millwright_tests::{Agent, Broker, Client, Security, Setup, await_some};
+use millwright_tests::{Agent, BASE, Broker, Client, Message, Security, Setup, await_some};
+use serde_json::json;
 use std::fs;
 use std::time::Duration;
 
@@ -65,6 +66,41 @@ fn users_and_the_acl_hold_senders_to_their_topics() {
     assert_eq!(mes.outcome("t")["event"], "done");
     assert!(
         mes.next_within(Duration::from_millis(500), |m| m.topic.ends_with("/forged"))
+            .is_none()
+    );
+}
+
+#[test]
+fn an_answer_that_the_acl_refuses_is_said_where_it_may_be_and_raises_an_alarm() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start(Security::Passwords);
+    let setup = Setup {
+        tasks: "reply_prefixes = ['elsewhere']".into(),
+        ..password(folder.path(), "gw-secret")
+    };
+    let mut agent = Agent::with(&broker, &setup);
+    let mut mes = Client::connect(&broker, "mes");
+    mes.await_state("online");
+    mes.subscribe(&format!("{BASE}/alarm/#"));
+    mes.task(&json!({
+        "id": "t", "kind": "generate", "prompt": "x", "max_tokens": 4, "reply_to": "elsewhere/x",
+    }));
+    let failed = mes.outcome("t");
+    assert_eq!(failed["code"], "reply_undeliverable", "{failed}");
+    let is_raised =
+        |m: &Message| m.topic.ends_with("/alarm/undeliverable") && m.json()["raised"] == true;
+    let alarm = mes.next("an alarm", is_raised).json();
+    assert_eq!(alarm["times"], 1, "{alarm}");
+    // It is set aside for good: not sent again after a restart, and the alarm is of the life before.
+    agent.terminate();
+    agent.ended();
+    agent.restart();
+    mes.await_state("online");
+    mes.next("the alarm's end", |m| {
+        m.topic.ends_with("/alarm/undeliverable") && m.json()["raised"] == false
+    });
+    assert!(
+        mes.next_within(Duration::from_millis(500), is_raised)
             .is_none()
     );
 }

@@ -4,6 +4,7 @@
 
 mod sayings;
 
+use crate::alarms::{Alarm, Alarms};
 use crate::broker::{Link, Message, Outgoing, Receipt, Signal};
 use crate::card::{Model, State};
 use crate::clock::{Clock, random};
@@ -56,6 +57,7 @@ pub struct Dispatcher<P: Prepare> {
     /// The last state, and why.
     goodbye: Option<(State, String)>,
     tally: Tally,
+    alarms: Alarms,
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
     seeds: HashMap<Ticket, u64>,
@@ -105,6 +107,7 @@ impl<P: Prepare> Dispatcher<P> {
             is_draining: false,
             goodbye: None,
             tally: Tally::default(),
+            alarms: Alarms::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
             stopping: HashSet::new(),
@@ -116,6 +119,8 @@ impl<P: Prepare> Dispatcher<P> {
     /// Takes up what the journal held: answers that were not delivered, tasks that had not ended.
     pub fn resume(&mut self, past: Past) {
         let now = self.parts.clock.now();
+        let here = self.parts.clock.boot_id();
+        let rebooted = past.stamp.is_some_and(|stamp| stamp.boot_id != here);
         self.admission.count_from(past.last);
         for (key, recalled) in past.finals {
             self.admission.recall(now, key, recalled);
@@ -131,8 +136,12 @@ impl<P: Prepare> Dispatcher<P> {
             self.admission.count_from(post.ticket);
             self.send(post);
         }
-        for (kept, seed) in past.open {
+        for (mut kept, seed) in past.open {
             crash::point("during-replay");
+            if rebooted {
+                // Power went, whatever it ran.
+                kept.begun = 0;
+            }
             let ticket = kept.ticket;
             let (preparer, context) = (&self.parts.preparer, self.parts.context);
             let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
@@ -193,9 +202,15 @@ impl<P: Prepare> Dispatcher<P> {
                         "the broker refuses the subscription: check its access rules for {}",
                         self.decoder.base
                     );
+                    let reason = "the broker refuses the subscription: check its access rules";
+                    let now = self.parts.clock.now();
+                    self.alarms.raise(now, Alarm::Subscription, reason);
+                } else {
+                    self.alarms.clear(Alarm::Subscription);
                 }
                 self.say_state();
                 self.say_card();
+                self.alarms.repeat();
             }
             Signal::Offline { reason } => {
                 self.subscribed = false;
@@ -315,6 +330,7 @@ impl<P: Prepare> Dispatcher<P> {
                 self.parts.journal.keep(mark);
                 if self.trouble.take().is_some() {
                     tracing::info!("the journal can be written again");
+                    self.alarms.clear(Alarm::Journal);
                     self.admission.close(None);
                     if self.is_draining {
                         self.refuse_all();
@@ -328,6 +344,8 @@ impl<P: Prepare> Dispatcher<P> {
                     let reason = format!("the gateway can't write its journal ({why}): try later");
                     let refusal = Refusal::new(Code::Internal, reason);
                     self.admission.close(Some(refusal));
+                    let now = self.parts.clock.now();
+                    self.alarms.raise(now, Alarm::Journal, &why);
                     self.trouble = Some(why);
                     self.say_state();
                 }
@@ -407,7 +425,7 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     fn finish(&mut self, ticket: Ticket, outcome: Outcome) {
-        self.texts.remove(&ticket);
+        self.flush_last_text(ticket);
         self.seeds.remove(&ticket);
         self.stopping.remove(&ticket);
         let now = self.parts.clock.now();
@@ -431,8 +449,9 @@ impl<P: Prepare> Dispatcher<P> {
         self.say(post);
     }
 
-    /// Deadlines.
+    /// Deadlines, and alarms that pass.
     pub fn tick(&mut self) {
+        self.alarms.pass(self.parts.clock.now());
         let Due { posts, stop } = self.admission.tick(self.parts.clock.now());
         for ticket in stop {
             self.stop(ticket);
@@ -513,6 +532,7 @@ impl<P: Prepare> Dispatcher<P> {
         for lost in self.outbox.pump(now.own, kept, &self.parts.link) {
             self.last_word(lost);
         }
+        self.say_alarms();
         self.flush_texts();
         let clock = &self.parts.clock;
         self.parts.journal.flush(|| clock.stamp(), self.is_draining);
@@ -536,6 +556,17 @@ impl<P: Prepare> Dispatcher<P> {
                 if let Some(post) = post.filter(|_| fluent) {
                     let _ = self.parts.link.publish(None, &outgoing(post));
                 }
+            }
+        }
+    }
+
+    /// Sends what is left of a text in its place before the final event: a model may be done before the disk is.
+    fn flush_last_text(&mut self, ticket: Ticket) {
+        let text = self.texts.remove(&ticket);
+        if let Some(text) = text.filter(|_| self.parts.link.is_online() && self.outbox.has_room()) {
+            let (post, _) = self.admission.text(self.parts.clock.now(), ticket, text);
+            if let Some(post) = post {
+                self.send(post);
             }
         }
     }
@@ -568,7 +599,8 @@ impl<P: Prepare> Dispatcher<P> {
                 key: post.key.clone(),
                 ticket: post.ticket,
             },
-            Class::Progress | Class::Delta => Purpose::Progress,
+            Class::Progress => Purpose::Progress,
+            Class::Delta => Purpose::Delta,
         };
         let after = self.parts.journal.mark();
         self.outbox.push(purpose, outgoing(post), after);

@@ -9,6 +9,7 @@
 // As in `millwright-task`: refusals are rare.
 #![allow(clippy::result_large_err)]
 
+pub mod alarms;
 pub mod app;
 pub mod broker;
 pub mod card;

@@ -20,12 +20,13 @@ const HOLD: Duration = Duration::from_secs(5);
 
 /// Whether a link takes a message. The outbox's only view of the connection.
 pub trait Carrier {
-    fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent>;
+    /// At least once and reported under a token, or at most once.
+    fn carry(&self, token: Option<Token>, message: &Outgoing) -> Result<(), NotSent>;
 }
 
 impl Carrier for Link {
-    fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent> {
-        self.publish(Some(token), message)
+    fn carry(&self, token: Option<Token>, message: &Outgoing) -> Result<(), NotSent> {
+        self.publish(token, message)
     }
 }
 
@@ -36,6 +37,8 @@ pub enum Purpose {
     Retained,
     /// An event that the sender can do without.
     Progress,
+    /// Text at most once, in its place among the others.
+    Delta,
     /// What the journal keeps until it is delivered: a final event, a refusal.
     Answer { key: Key, ticket: Ticket },
     /// Says that an answer can't be delivered. If it can't either, it is set aside.
@@ -47,7 +50,7 @@ impl Purpose {
     fn answer(self) -> Option<(Key, Ticket)> {
         match self {
             Self::Answer { key, ticket } | Self::LastWord { key, ticket } => Some((key, ticket)),
-            Self::Retained | Self::Progress => None,
+            Self::Retained | Self::Progress | Self::Delta => None,
         }
     }
 }
@@ -144,7 +147,12 @@ impl Outbox {
             && entry.after <= kept
         {
             crash::point("before-send");
-            match carrier.carry(entry.token, &entry.message) {
+            let is_delta = entry.purpose == Purpose::Delta;
+            let token = (!is_delta).then_some(entry.token);
+            match carrier.carry(token, &entry.message) {
+                Ok(()) if is_delta => {
+                    self.remove(self.sent);
+                }
                 Ok(()) => {
                     crash::point("after-send");
                     self.sent += 1;
@@ -201,7 +209,7 @@ impl Outbox {
         self.sent = 0;
         let bytes = &mut self.bytes;
         self.entries.retain(|entry| {
-            let keep = entry.purpose != Purpose::Retained;
+            let keep = !matches!(entry.purpose, Purpose::Retained | Purpose::Delta);
             *bytes -= if keep { 0 } else { entry.message.payload.len() };
             keep
         });
@@ -236,7 +244,7 @@ impl Outbox {
                     forbidden,
                 })
             }
-            Purpose::Progress | Purpose::Retained => {
+            Purpose::Progress | Purpose::Retained | Purpose::Delta => {
                 tracing::warn!(topic, reason, "an event was set aside");
                 None
             }
@@ -264,7 +272,8 @@ mod tests {
     }
 
     impl Carrier for Wire {
-        fn carry(&self, token: Token, message: &Outgoing) -> Result<(), NotSent> {
+        fn carry(&self, token: Option<Token>, message: &Outgoing) -> Result<(), NotSent> {
+            let token = token.unwrap_or(Token(0));
             let bytes = message.payload.len();
             if bytes > self.limit {
                 return Err(NotSent::TooLarge {
@@ -358,6 +367,23 @@ mod tests {
         let delivered = tokens.iter().map(|(token, _)| outbox.delivered(*token));
         let delivered: Vec<_> = delivered.map(|of| of.map(|(_, ticket)| ticket)).collect();
         assert_eq!(delivered, [Some(Ticket(1)), None, None, Some(Ticket(1))]);
+    }
+
+    #[test]
+    fn text_goes_once_and_in_its_place() {
+        let mut outbox = Outbox::default();
+        push(&mut outbox, "a", 1);
+        let delta = || Outgoing::json("delta".into(), vec![0]);
+        outbox.push(Purpose::Delta, delta(), Mark::default());
+        push(&mut outbox, "b", 1);
+        let first = wire(9);
+        outbox.pump(Duration::ZERO, Mark::default(), &first);
+        assert_eq!(topics(&first), ["a", "delta", "b"]);
+        outbox.push(Purpose::Delta, delta(), Mark::of(1));
+        outbox.offline();
+        let second = wire(9);
+        outbox.pump(Duration::ZERO, Mark::of(1), &second);
+        assert_eq!(topics(&second), ["a", "b"]);
     }
 
     #[test]

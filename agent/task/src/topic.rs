@@ -64,6 +64,9 @@ impl Base {
     pub fn health(&self) -> String {
         format!("{}/health", self.0)
     }
+    pub fn alarm(&self, name: &str) -> String {
+        format!("{}/alarm/{name}", self.0)
+    }
     pub fn task(&self, sender: &str) -> String {
         format!("{}/task/{sender}", self.0)
     }

@@ -14,6 +14,9 @@ const TOLD_MAX: usize = 4;
 const HISTORY_MAX: usize = 40;
 /// A refusal with one of these asks to try again later.
 const PASSING: [&str; 3] = ["busy", "draining", "internal"];
+/// How a task ends under which the agent died five times: by the agent's own rule, and an outcome like another. Here deaths
+/// follow each other within seconds, so that it meets tasks that had no part in them.
+const WORN_OUT: &str = "the gateway went down 5 times";
 
 /// A message from the result tree.
 #[derive(Debug, Clone)]
@@ -292,7 +295,11 @@ impl Judge {
         }
         let task = &self.tasks[n];
         let name = event["event"].as_str().unwrap_or_default();
-        if !(name == "done" || name == "cancelled" && task.cancels_sent > 0) {
+        let reason = event["reason"].as_str().unwrap_or_default();
+        if name == "failed" && reason.starts_with(WORN_OUT) {
+            let worn_out = "failed after five deaths".to_owned();
+            *self.verdict.refused.entry(worn_out).or_default() += 1;
+        } else if !(name == "done" || name == "cancelled" && task.cancels_sent > 0) {
             self.violated(Some(n), format!("ended as {name} without a cause: {event}"));
         } else if name == "done" {
             let text = event["text"].as_str().unwrap_or_default().to_owned();

@@ -1,6 +1,7 @@
 //! What the agent says of itself, unasked: state, card, health, and that an answer can't be delivered.
 
 use super::{Dispatcher, Parts, outgoing};
+use crate::alarms::Alarm;
 use crate::broker::Outgoing;
 use crate::card::{self, State};
 use crate::journal::Mark;
@@ -28,6 +29,8 @@ impl<P: Prepare> Dispatcher<P> {
             reason,
             "an answer can't be delivered"
         );
+        let now = self.parts.clock.now();
+        self.alarms.raise(now, Alarm::Undeliverable, &reason);
         let default = self.decoder.base.result(&key.sender, &key.task);
         if is_last_word || forbidden && topic == default {
             // Set aside: nobody will ever have it.
@@ -92,6 +95,17 @@ impl<P: Prepare> Dispatcher<P> {
         } = &self.parts;
         let payload = card::card(config, model, *slots, *context);
         self.retain(self.decoder.base.card(), payload);
+    }
+
+    pub(super) fn say_alarms(&mut self) {
+        if !self.subscribed {
+            return;
+        }
+        let gateway = &self.parts.config.gateway.name;
+        for (alarm, payload) in self.alarms.take_unsaid(gateway, self.parts.clock.now()) {
+            let topic = self.decoder.base.alarm(alarm.name());
+            self.retain(topic, payload.to_string().into_bytes());
+        }
     }
 
     fn retain(&mut self, topic: String, payload: Vec<u8>) {

@@ -113,6 +113,27 @@ pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable>
     }
 }
 
+/// Whether bytes are no row of any kind, or one that is written as it was read.
+pub(super) fn is_sound(bytes: &[u8]) -> bool {
+    fn again<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Option<(T, bool)> {
+        let row: T = decode(bytes).ok()?;
+        let written = encode(&row);
+        let is_same = decode::<T>(&written).is_ok_and(|row| encode(&row) == written);
+        Some((row, is_same))
+    }
+    let task = again::<TaskRow>(bytes).is_none_or(|(row, is_same)| {
+        let (kept, seed) = row.clone().kept(Ticket(1), NoteRow::default());
+        is_same && encode(&TaskRow::new(&kept.task, seed)) == encode(&row)
+    });
+    let said = again::<SaidRow>(bytes).is_none_or(|(row, is_same)| {
+        let _ = (row.recalled(Ticket(1)), row.post(Ticket(1)));
+        is_same
+    });
+    let note = again::<NoteRow>(bytes).is_none_or(|(_, is_same)| is_same);
+    let stamp = again::<Stamp>(bytes).is_none_or(|(_, is_same)| is_same);
+    task && said && note && stamp
+}
+
 impl TaskRow {
     pub(super) fn new(task: &Task, seed: u64) -> Self {
         let pair = |m: &Message| (m.role.clone(), m.content.clone());

@@ -801,10 +801,8 @@ impl Life {
         open.sort_by_key(|kept| kept.ticket);
         for kept in open {
             let (ticket, must_end) = (kept.ticket, kept.cancelled || kept.begun >= 5);
-            let prepare = |_: &Task| match takes {
-                true => Ok(work()),
-                false => Err(Refusal::context_overflow(9, 8)),
-            };
+            let refusal = || Refusal::context_overflow(9, 8);
+            let prepare = |_: &Task| takes.then(work).ok_or_else(refusal);
             match self.gate.resume(now, kept, prepare) {
                 Ok(post) => assert_eq!((post.ticket, must_end, takes), (ticket, false, true)),
                 Err(post) => self.end(&post),
@@ -849,7 +847,7 @@ fn the_map_shows_the_transitions_that_there_are() {
         queue_tasks_max: 3,
         share: share(3, 9),
         window: Window {
-            age_max: Duration::from_secs(60),
+            age_max: Duration::from_mins(1),
             ..rules().window
         },
         ..rules()
