@@ -2,6 +2,7 @@
 //! Waits for nothing: every call returns at once, and [`Dispatcher::pump`] moves on what can move. What is noted in the
 //! journal is on disk before anybody sees it: events and acknowledgements wait for that.
 
+mod keeping;
 mod sayings;
 
 use crate::alarms::{Alarm, Alarms};
@@ -11,7 +12,7 @@ use crate::clock::{Clock, random};
 use crate::config::Config;
 use crate::crash;
 use crate::intake::{self, Wish};
-use crate::journal::{Change, Journal, Mark, Past, Written};
+use crate::journal::{Change, Journal, Mark};
 use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
@@ -113,45 +114,6 @@ impl<P: Prepare> Dispatcher<P> {
             stopping: HashSet::new(),
             subscribed: false,
             connections: 0,
-        }
-    }
-
-    /// Takes up what the journal held: answers that were not delivered, tasks that had not ended.
-    pub fn resume(&mut self, past: Past) {
-        let now = self.parts.clock.now();
-        let here = self.parts.clock.boot_id();
-        let rebooted = past.stamp.is_some_and(|stamp| stamp.boot_id != here);
-        self.admission.count_from(past.last);
-        for (key, recalled) in past.finals {
-            self.admission.recall(now, key, recalled);
-        }
-        for (at, key) in past.cancels {
-            self.admission.recall_cancel(at, key);
-        }
-        let (answers, tasks) = (past.unsent.len(), past.open.len());
-        if answers + tasks > 0 {
-            tracing::info!(answers, tasks, "taken up from the journal");
-        }
-        for post in past.unsent {
-            self.admission.count_from(post.ticket);
-            self.send(post);
-        }
-        for (mut kept, seed) in past.open {
-            crash::point("during-replay");
-            if rebooted {
-                // Power went, whatever it ran.
-                kept.begun = 0;
-            }
-            let ticket = kept.ticket;
-            let (preparer, context) = (&self.parts.preparer, self.parts.context);
-            let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
-            match self.admission.resume(now, kept, prepared) {
-                Ok(post) => {
-                    self.tally.accepted(now.own, ticket);
-                    self.send(post);
-                }
-                Err(post) => self.conclude(None, post),
-            }
         }
     }
 
@@ -320,48 +282,6 @@ impl<P: Prepare> Dispatcher<P> {
                 self.say(post);
             }
             Cancelled::AlreadyFinal(post) => self.say(post),
-        }
-    }
-
-    /// The journal's thread wrote, or could not.
-    pub fn on_written(&mut self, written: Written) {
-        match written {
-            Written::Kept(mark) => {
-                self.parts.journal.keep(mark);
-                if self.trouble.take().is_some() {
-                    tracing::info!("the journal can be written again");
-                    self.alarms.clear(Alarm::Journal);
-                    self.admission.close(None);
-                    if self.is_draining {
-                        self.refuse_all();
-                    }
-                    self.say_state();
-                }
-            }
-            Written::Trouble(why) => {
-                if self.trouble.as_ref() != Some(&why) {
-                    tracing::error!("the journal can't be written, and is tried again: {why}");
-                    let reason = format!("the gateway can't write its journal ({why}): try later");
-                    let refusal = Refusal::new(Code::Internal, reason);
-                    self.admission.close(Some(refusal));
-                    let now = self.parts.clock.now();
-                    self.alarms.raise(now, Alarm::Journal, &why);
-                    self.trouble = Some(why);
-                    self.say_state();
-                }
-            }
-        }
-    }
-
-    /// The broker has an answer, or nobody will.
-    fn delivered(&mut self, key: &wire::Key, ticket: Ticket) {
-        self.note(Change::Delivered(ticket));
-        // Its text stayed until now.
-        if self
-            .admission
-            .is_stripped(self.parts.clock.now(), key, ticket)
-        {
-            self.note(Change::Stripped(ticket));
         }
     }
 
@@ -569,27 +489,6 @@ impl<P: Prepare> Dispatcher<P> {
                 self.send(post);
             }
         }
-    }
-
-    fn note(&mut self, change: Change) {
-        self.parts.journal.note(change);
-    }
-
-    /// Keeps what is said until it is delivered, and sends it. While the disk refuses, a refusal is also said at once:
-    /// its sender can't wait for that.
-    fn say(&mut self, post: Post) {
-        if self.trouble.is_some() && post.event == "rejected" {
-            let _ = self.parts.link.publish(None, &outgoing(post.clone()));
-        }
-        let at = self.parts.clock.now().own;
-        self.note(Change::Said {
-            post: post.clone(),
-            at,
-        });
-        self.send(Post {
-            class: Class::Final,
-            ..post
-        });
     }
 
     /// Sends an event once all that was noted is on disk.

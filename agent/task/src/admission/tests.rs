@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::job::Class;
+use crate::limits;
 use crate::wire::{Finish, Format, Kind, Provenance, Sampling, decode_event};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
