@@ -96,7 +96,13 @@ pub fn run(options: &Options) -> Result<bool, String> {
         context.say(format!("mosquitto's configuration: {}", options.broker));
     }
     let folder = rig::folder(options.folder.as_deref(), &mut context)?;
-    timed(&scale, folder.path(), &options.broker, &mut table, &mut context)?;
+    timed(
+        &scale,
+        folder.path(),
+        &options.broker,
+        &mut table,
+        &mut context,
+    )?;
     counted(&scale, folder.path(), &options.broker, &mut table)?;
     load_average(&mut context, "at the end");
     println!("\n{}", table.text());
@@ -195,7 +201,11 @@ fn timed(
     let after = resident_kib(rig.pid());
     let name = format!("resident, after {answered} tasks");
     table.say(name, "MiB", after.map(|(all, _)| mib(all)));
-    table.say("of that not a file's", "MiB", after.map(|(_, own)| mib(own)));
+    table.say(
+        "of that not a file's",
+        "MiB",
+        after.map(|(_, own)| mib(own)),
+    );
     let (length, taken) = rig.journal()?;
     table.say("journal's length then", "MiB", length as f64 / 1_048_576.0);
     table.say("on disk", "MiB", taken as f64 / 1_048_576.0);
@@ -204,7 +214,6 @@ fn timed(
     context.say(format!("{answered} tasks answered by the timed agent"));
     Ok(())
 }
-
 
 fn latency(
     table: &mut Table,
@@ -215,8 +224,18 @@ fn latency(
     high: &Seen,
 ) {
     table.group("latency");
-    spread(table, "disk: 4 KiB appended, fdatasync", &syncs.appended, None);
-    spread(table, "disk: 4 KiB in place, fdatasync", &syncs.in_place, None);
+    spread(
+        table,
+        "disk: 4 KiB appended, fdatasync",
+        &syncs.appended,
+        None,
+    );
+    spread(
+        table,
+        "disk: 4 KiB in place, fdatasync",
+        &syncs.in_place,
+        None,
+    );
     spread(table, "broker: to self and back", echo, None);
     spread(table, "accepted, one task at a time", &low.accepted, None);
     let median = |of: &[Duration]| Spread::of(of).map(|s| s.median);
@@ -227,7 +246,12 @@ fn latency(
     let rest = over.and_then(|over| Some(over - 2.0 * median(echo)?));
     table.say("and less two round trips of the broker", "ms", rest);
     spread(table, "answer, one task at a time", &low.done, None);
-    spread(table, "accepted, each right after an answer", &next.accepted, None);
+    spread(
+        table,
+        "accepted, each right after an answer",
+        &next.accepted,
+        None,
+    );
     let target = Some(Target::AtMost(25.0));
     spread(table, "accepted, 80 % of capacity", &high.accepted, target);
     spread(table, "answer, 80 % of capacity", &high.done, None);
@@ -258,7 +282,12 @@ fn counted(scale: &Scale, folder: &Path, broker: &str, table: &mut Table) -> Res
     table.group("flash, full rate");
     table.hold("syncs", "a task", each, Target::AtMost(3.0));
     let rate = syncs as f64 / seconds;
-    table.hold("syncs, one a commit", "a second", rate, Target::AtMost(200.0));
+    table.hold(
+        "syncs, one a commit",
+        "a second",
+        rate,
+        Target::AtMost(200.0),
+    );
 
     // What nothing waited for is written five seconds later.
     std::thread::sleep(scale.idle.min(Duration::from_secs(7)));
@@ -278,7 +307,11 @@ fn counted(scale: &Scale, folder: &Path, broker: &str, table: &mut Table) -> Res
     let minutes = scale.idle.as_secs_f64() / 60.0;
     table.group("flash, idle");
     let bytes = |of: fn(Io) -> u64| io.map(|io| of(io) as f64 / minutes);
-    table.say("to the disk (write_bytes)", "bytes/min", bytes(|io| io.write_bytes));
+    table.say(
+        "to the disk (write_bytes)",
+        "bytes/min",
+        bytes(|io| io.write_bytes),
+    );
     table.say("to write calls (wchar)", "bytes/min", bytes(|io| io.wchar));
     let syncs = (rig.syncs() - before) as f64;
     table.say("syncs", "a minute", syncs / minutes);
@@ -287,7 +320,11 @@ fn counted(scale: &Scale, folder: &Path, broker: &str, table: &mut Table) -> Res
 
 fn written(table: &mut Table, io: Option<Io>, tasks: usize) {
     let each = |of: fn(Io) -> u64| io.map(|io| of(io) as f64 / tasks as f64);
-    table.say("to the disk (write_bytes)", "bytes/task", each(|io| io.write_bytes));
+    table.say(
+        "to the disk (write_bytes)",
+        "bytes/task",
+        each(|io| io.write_bytes),
+    );
     table.say("to write calls (wchar)", "bytes/task", each(|io| io.wchar));
 }
 

@@ -1,8 +1,8 @@
 //! What is measured: an agent on a real disk, its broker, and the senders. Counts syncs where it is told to.
 
 use super::Context;
-use super::sender::{Pace, Seen, Sender};
 use super::SENDERS;
+use super::sender::{Pace, Seen, Sender};
 use crate::faults::shim::{Field, Shim};
 use crate::process::file_system;
 use crate::{Agent, Broker, Client, Keeps, Setup, program};

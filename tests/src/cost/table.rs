@@ -91,9 +91,8 @@ impl Table {
     }
 
     pub(super) fn text(&self) -> String {
-        let mut text = String::from(
-            "|  | figure | measured | target |  |\n|---|---|--:|--:|---|\n",
-        );
+        let mut text =
+            String::from("|  | figure | measured | target |  |\n|---|---|--:|--:|---|\n");
         let mut before = "";
         for figure in &self.figures {
             let group = if figure.group == before {
