@@ -32,7 +32,7 @@ impl Default for Options {
         Self {
             hours: 1.0,
             seed: 1,
-            rate: 50.0,
+            rate: 100.0,
             out: PathBuf::from("target/soak"),
         }
     }
@@ -90,7 +90,7 @@ pub fn run(options: &Options) -> Result<bool, String> {
     let mut all = verdict;
     all.add(last);
 
-    let report = report(options, &state, &diary, &all, (left, peak));
+    let report = report(options, total, &state, &diary, &all, (left, peak));
     let svg = plot::draw(&diary, &format!("{} of soaking", length(total)));
     fs::write(options.out.join("soak.svg"), svg).map_err(io)?;
     fs::write(options.out.join("verdict.txt"), &report).map_err(io)?;
@@ -132,7 +132,7 @@ fn work(
     let lap_time = LAP.min(total / 4);
     let (mut laps, mut lap_began) = (1, Instant::now());
     // A life must be long enough to see something creep.
-    let life = (total / 10).max(Duration::from_mins(2));
+    let life = (total / 6).max(Duration::from_mins(2));
     let mut killed = Instant::now();
     while diary.elapsed() < total {
         stage.nurse(chance.millis(4_000, 15_000).min(total / 20));
@@ -201,6 +201,7 @@ fn inflict(fault: Fault, stage: &mut Stage, shim: &Shim, chance: &mut Chance) {
 
 fn report(
     options: &Options,
+    total: Duration,
     state: &Path,
     diary: &Diary,
     verdict: &Verdict,
@@ -212,7 +213,7 @@ fn report(
     let kind = file_system(state).unwrap_or_else(|| "unknown".into());
     say(format!(
         "{} of soaking, {} tasks a second, seed {}, journal on {kind}",
-        length(diary.elapsed()),
+        length(total),
         options.rate,
         options.seed
     ));

@@ -7,9 +7,9 @@ use std::fmt::Write as _;
 const WIDTH: f64 = 1000.0;
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 980.0;
-const TOP: f64 = 64.0;
+const TOP: f64 = 70.0;
 const PANEL: f64 = 130.0;
-const STEP: f64 = 176.0;
+const STEP: f64 = 184.0;
 /// More columns than that no screen shows.
 const COLUMNS: f64 = 800.0;
 const STRONG: &str = "#1f5fa8";

@@ -143,27 +143,33 @@ impl Diary {
             told("descriptors", "", &descriptors),
             told("journal's length", "MiB", &length),
             told("journal on disk", "MiB", &taken),
-            told("first event, median", "ms", &median),
+            format!("first event, median: {}", quarters("ms", &median)),
         ]
     }
 }
 
 fn told(name: &str, unit: &str, points: &[(u32, f64, f64)]) -> String {
-    let values = || points.iter().map(|(_, _, value)| *value);
-    let mean = |values: &mut dyn Iterator<Item = f64>| {
-        let (sum, count) = values.fold((0.0, 0.0), |(s, n), v| (s + v, n + 1.0));
-        sum / count
-    };
-    let quarter = points.len().div_ceil(4);
-    let first = mean(&mut values().take(quarter));
-    let last = mean(&mut values().rev().take(quarter));
     match slope(points) {
         Some((slope, error)) => format!(
-            "{name}: {slope:+.2} {unit}/h (± {:.2}); mean of the first quarter {first:.2}, of the last {last:.2}",
-            2.0 * error
+            "{name}: {slope:+.2} {unit}/h (± {:.2}); {}",
+            2.0 * error,
+            quarters(unit, points)
         ),
         None => format!("{name}: too few samples"),
     }
+}
+
+/// Medians, which what came during a fault moves little.
+fn quarters(unit: &str, points: &[(u32, f64, f64)]) -> String {
+    let median = |part: &[(u32, f64, f64)]| {
+        let mut values: Vec<f64> = part.iter().map(|(_, _, value)| *value).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let quarter = points.len().div_ceil(4);
+    let first = median(&points[..quarter]);
+    let last = median(&points[points.len() - quarter..]);
+    format!("median of the first quarter {first:.2} {unit}, of the last {last:.2}")
 }
 
 /// The common slope of groups that each have a level of their own (least squares), and its standard error.
