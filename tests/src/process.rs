@@ -48,6 +48,19 @@ pub(crate) fn processor_s(pid: u32) -> Option<f64> {
     Some((ticks()? + ticks()?) / TICKS)
 }
 
+/// Seconds in which threads that could have run waited for a core, and in which they ran.
+pub(crate) fn waited_and_ran_s(pid: u32) -> Option<(f64, f64)> {
+    let (mut waited, mut ran) = (0.0, 0.0);
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        let mut nanoseconds = text.split_whitespace();
+        let mut next = || nanoseconds.next()?.parse::<f64>().ok();
+        ran += next()? / 1e9;
+        waited += next()? / 1e9;
+    }
+    Some((waited, ran))
+}
+
 pub(crate) fn descriptors(pid: u32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
@@ -113,6 +126,7 @@ mod tests {
         let pid = std::process::id();
         assert!(Io::of(pid).is_some() && processor_s(pid).is_some());
         assert!(resident_kib(pid).is_some_and(|(all, own)| all >= own && own > 0));
+        assert!(waited_and_ran_s(pid).is_some_and(|(_, ran)| ran > 0.0));
         assert!(descriptors(pid).is_some_and(|n| n > 2));
         assert_eq!(file_system(Path::new("/proc")).as_deref(), Some("proc"));
     }

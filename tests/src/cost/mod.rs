@@ -6,7 +6,7 @@ mod rig;
 mod sender;
 mod table;
 
-use crate::process::{Io, Spread, processor_s, resident_kib};
+use crate::process::{Io, Spread, processor_s, resident_kib, waited_and_ran_s};
 use disk::Syncs;
 use rig::Rig;
 use sender::{Pace, Seen};
@@ -24,6 +24,16 @@ pub struct Options {
     pub json: Option<PathBuf>,
     /// Lines for mosquitto's configuration.
     pub broker: String,
+    /// The other part is left out.
+    pub only: Option<Part>,
+}
+
+/// What is measured together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// Latency, throughput, memory.
+    Time,
+    Flash,
 }
 
 /// What a figure is worth nothing without.
@@ -85,6 +95,8 @@ impl Scale {
 /// Requesters at work at the same time, and how many tasks they have under way together: less than the queue takes.
 const SENDERS: usize = 4;
 const UNDER_WAY: usize = 240;
+/// Tasks a second that the agent is meant for.
+const FIXED: f64 = 500.0;
 
 /// Whether all could be measured.
 pub fn run(options: &Options) -> Result<bool, String> {
@@ -96,14 +108,13 @@ pub fn run(options: &Options) -> Result<bool, String> {
         context.say(format!("mosquitto's configuration: {}", options.broker));
     }
     let folder = rig::folder(options.folder.as_deref(), &mut context)?;
-    timed(
-        &scale,
-        folder.path(),
-        &options.broker,
-        &mut table,
-        &mut context,
-    )?;
-    counted(&scale, folder.path(), &options.broker, &mut table)?;
+    let (state, broker) = (folder.path(), options.broker.as_str());
+    if options.only != Some(Part::Flash) {
+        timed(&scale, state, broker, &mut table, &mut context)?;
+    }
+    if options.only != Some(Part::Time) {
+        counted(&scale, state, broker, &mut table)?;
+    }
     load_average(&mut context, "at the end");
     println!("\n{}", table.text());
     if let Some(path) = &options.json {
@@ -159,17 +170,30 @@ fn timed(
     let processors = rig.processors();
     let capacity = full.done.len() as f64 / seconds;
 
-    let step = SENDERS as f64 / (0.8 * capacity);
-    let step = Duration::try_from_secs_f64(step).map_err(|_| "no task was answered".to_owned())?;
     let began = Instant::now();
-    let high = rig.all(Pace::Every(step), scale.full);
+    let before_high = waited_and_ran_s(rig.pid());
+    let high = rig.all(evenly(0.8 * capacity)?, scale.full);
     let high_rate = high.done.len() as f64 / began.elapsed().as_secs_f64();
+    let after_high = waited_and_ran_s(rig.pid());
+    let fixed = rig.all(evenly(FIXED)?, scale.full / 2);
     syncs.measure(folder, scale.syncs).map_err(disk)?;
     echo.extend(rig.senders[0].echo(scale.echoes, Duration::from_millis(5)));
 
-    let refused = full.refused + high.refused;
-    let lost: usize = [&low, &next, &full, &high].map(|s| s.lost).iter().sum();
-    latency(table, &syncs, &echo, &low, &next, &high);
+    let phases = [&low, &next, &full, &high, &fixed];
+    let refused: usize = phases.map(|s| s.refused).iter().sum();
+    let lost: usize = phases.map(|s| s.lost).iter().sum();
+    let answered: usize = phases.map(|s| s.done.len()).iter().sum();
+    latency(table, &syncs, &echo, &low, &next);
+    let target = Some(Target::AtMost(25.0));
+    spread(table, "accepted, 80 % of capacity", &high.accepted, target);
+    spread(table, "answer, 80 % of capacity", &high.done, None);
+    // A share of 1: they waited as long as they ran, so others had the cores.
+    let share = before_high.zip(after_high);
+    let share = share.map(|(before, after)| (after.0 - before.0) / (after.1 - before.1));
+    let name = "the agent's threads then waited for a core";
+    table.say(name, "s per s run", share);
+    let name = format!("accepted, {FIXED} tasks/s");
+    spread(table, &name, &fixed.accepted, None);
 
     table.group("throughput");
     let name = format!("tasks answered, {SENDERS} senders, {UNDER_WAY} under way");
@@ -185,7 +209,26 @@ fn timed(
     table.group("flash, full rate");
     written(table, io, full.done.len());
 
-    let mut answered = low.done.len() + next.done.len() + full.done.len() + high.done.len();
+    memory(scale, table, &mut rig, idle, answered)?;
+    context.say(format!("{answered} tasks answered while timed"));
+    Ok(())
+}
+
+/// Even steps for each of the senders.
+fn evenly(rate: f64) -> Result<Pace, String> {
+    let step = Duration::try_from_secs_f64(SENDERS as f64 / rate);
+    let step = step.map_err(|_| "no task was answered".to_owned())?;
+    Ok(Pace::Every(step))
+}
+
+/// After many tasks, all of whose outcomes are remembered.
+fn memory(
+    scale: &Scale,
+    table: &mut Table,
+    rig: &mut Rig,
+    idle: Option<(u64, u64)>,
+    mut answered: usize,
+) -> Result<(), String> {
     while answered < scale.tasks {
         let more = rig.all(Pace::Open(UNDER_WAY / SENDERS), Duration::from_secs(2));
         if more.done.is_empty() {
@@ -193,36 +236,27 @@ fn timed(
         }
         answered += more.done.len();
     }
-    table.group("memory");
-    let mib = |kib: u64| kib as f64 / 1024.0;
-    table.say("resident, idle", "MiB", idle.map(|(all, _)| mib(all)));
-    table.say("of that not a file's", "MiB", idle.map(|(_, own)| mib(own)));
     std::thread::sleep(scale.warm);
     let after = resident_kib(rig.pid());
-    let name = format!("resident, after {answered} tasks");
-    table.say(name, "MiB", after.map(|(all, _)| mib(all)));
-    table.say(
-        "of that not a file's",
-        "MiB",
-        after.map(|(_, own)| mib(own)),
-    );
+    table.group("memory");
+    for (when, resident) in [
+        ("idle".to_owned(), idle),
+        (format!("after {answered} tasks"), after),
+    ] {
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        let (all, own) = resident.map(|(all, own)| (mib(all), mib(own))).unzip();
+        table.say(format!("resident, {when}"), "MiB", all);
+        table.say("of that not a file's", "MiB", own);
+    }
     let (length, taken) = rig.journal()?;
     table.say("journal's length then", "MiB", length as f64 / 1_048_576.0);
     table.say("on disk", "MiB", taken as f64 / 1_048_576.0);
     let log = rig.agent.log().len() as f64 / answered as f64;
     table.say("the agent's log", "bytes/task", log);
-    context.say(format!("{answered} tasks answered by the timed agent"));
     Ok(())
 }
 
-fn latency(
-    table: &mut Table,
-    syncs: &Syncs,
-    echo: &[Duration],
-    low: &Seen,
-    next: &Seen,
-    high: &Seen,
-) {
+fn latency(table: &mut Table, syncs: &Syncs, echo: &[Duration], low: &Seen, next: &Seen) {
     table.group("latency");
     spread(
         table,
@@ -252,9 +286,6 @@ fn latency(
         &next.accepted,
         None,
     );
-    let target = Some(Target::AtMost(25.0));
-    spread(table, "accepted, 80 % of capacity", &high.accepted, target);
-    spread(table, "answer, 80 % of capacity", &high.done, None);
 }
 
 /// Median and 99th percentile, the target for the latter.
