@@ -23,7 +23,7 @@ impl Syncs {
         let block = [7; BLOCK];
         let mut growing = tempfile::tempfile_in(folder)?;
         let mut fixed = tempfile::tempfile_in(folder)?;
-        fixed.write_all(&[0; 16 * BLOCK])?;
+        fixed.write_all(&vec![0; 16 * BLOCK])?;
         fixed.sync_all()?;
         for n in 0..times {
             let began = Instant::now();

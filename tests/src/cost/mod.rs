@@ -69,11 +69,11 @@ impl Scale {
             return Self {
                 syncs: 50,
                 echoes: 50,
-                few: 30,
+                few: 15,
                 warm: Duration::from_millis(500),
                 full: s(2),
-                slow: s(3),
-                idle: s(2),
+                slow: s(2),
+                idle: Duration::from_millis(1500),
                 counted: s(1),
                 tasks: 0,
             };
