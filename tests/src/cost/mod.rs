@@ -69,11 +69,11 @@ impl Scale {
             return Self {
                 syncs: 50,
                 echoes: 50,
-                few: 15,
-                warm: Duration::from_millis(500),
-                full: s(2),
+                few: 10,
+                warm: Duration::from_millis(300),
+                full: Duration::from_millis(1500),
                 slow: s(2),
-                idle: Duration::from_millis(1500),
+                idle: s(1),
                 counted: s(1),
                 tasks: 0,
             };
