@@ -49,6 +49,16 @@ impl Broker {
     }
 
     pub fn with(security: Security, keeps: Keeps) -> Self {
+        Self::launch(security, keeps, "log_type all\n")
+    }
+
+    /// One that doesn't log each packet, for measuring and for hours; with more lines for its configuration.
+    pub fn quiet(keeps: Keeps, lines: &str) -> Self {
+        let lines = format!("log_type error\n{lines}\n");
+        Self::launch(Security::Open, keeps, &lines)
+    }
+
+    fn launch(security: Security, keeps: Keeps, lines: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         match security {
             Security::Open => {}
@@ -63,7 +73,8 @@ impl Broker {
             } else {
                 port
             };
-            let configuration = configuration(folder.path(), security, keeps, (port, client_port));
+            let ports = (port, client_port);
+            let configuration = configuration(folder.path(), security, keeps, lines, ports);
             fs::write(folder.path().join("mosquitto.conf"), configuration)
                 .expect("the configuration");
             let mut child = spawn(folder.path());
@@ -83,6 +94,11 @@ impl Broker {
     /// A file of the broker's folder: `ca.pem`.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends the broker as a restart of its service would: it saves its sessions.
@@ -139,6 +155,7 @@ fn configuration(
     folder: &Path,
     security: Security,
     keeps: Keeps,
+    lines: &str,
     (port, client_port): (u16, u16),
 ) -> String {
     let persistence = match keeps {
@@ -149,7 +166,7 @@ fn configuration(
     let at = |name: &str| folder.join(name).display().to_string();
     // Without `user`, a mosquitto started by root could not read its files here.
     let mut text = format!(
-        "user root\n{persistence}persistence_location {}/\nlog_dest file {}\nlog_type all\n\
+        "user root\n{persistence}persistence_location {}/\nlog_dest file {}\n{lines}\
          max_queued_messages 1000\nmax_packet_size 1048576\nlistener {port} 127.0.0.1\n",
         folder.display(),
         at("mosquitto.log"),

@@ -7,7 +7,9 @@
 mod agent;
 mod broker;
 mod client;
+pub mod cost;
 pub mod faults;
+mod process;
 
 pub use agent::{Agent, Setup, bundle, program, real_bundle};
 pub use broker::{Broker, Keeps, Security};

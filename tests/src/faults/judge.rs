@@ -25,7 +25,7 @@ pub(super) struct Seen {
     payload: Vec<u8>,
     correlation: Option<Vec<u8>>,
     durable: bool,
-    at: Instant,
+    pub(super) at: Instant,
 }
 
 impl From<Publish> for Seen {
@@ -163,6 +163,10 @@ impl Judge {
         task.sent += 1;
         self.verdict.resent += usize::from(task.sent > 1 && task.finals.is_empty());
         self.note(n, Instant::now(), "→ task");
+    }
+
+    pub(super) fn is_sent_once(&self, n: usize) -> bool {
+        self.tasks[n].sent == 1
     }
 
     pub(super) fn cancel_sent(&mut self, n: usize) {

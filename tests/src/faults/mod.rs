@@ -15,7 +15,8 @@ mod network;
 mod oracle;
 mod proxy;
 mod request;
-mod shim;
+pub(crate) mod shim;
+pub mod soak;
 mod stage;
 mod suite;
 

@@ -9,9 +9,9 @@ use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{Packet, PublishProperties};
 use rumqttc::v5::{Client as Mqtt, Event, MqttOptions};
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ pub(super) struct Load {
     /// Tasks without an outcome at the same time.
     pub(super) open_max: usize,
     pub(super) tokens_max: u32,
+    /// Between two new tasks, however few are under way.
+    pub(super) pause: Duration,
     /// Of a hundred tasks, how many are cancelled.
     pub(super) cancelled: u32,
     /// How long nothing may come of a task before it is sent again.
@@ -42,6 +44,7 @@ impl Default for Load {
             tasks_max: usize::MAX,
             open_max: 24,
             tokens_max: 24,
+            pause: Duration::ZERO,
             cancelled: 10,
             patience: Duration::from_secs(1),
             resends: true,
@@ -53,10 +56,31 @@ impl Default for Load {
 /// Of a hundred tasks, how many are sent again soon after their outcome, while faults go on.
 const AGAIN_SOON: u32 = 10;
 
+/// From a task's first sending to the first sign of life from the agent, resent or not.
+#[derive(Clone, Default)]
+pub(super) struct Timings(Arc<Mutex<Vec<Duration>>>);
+
+impl Timings {
+    /// Where nobody takes them, later ones are not kept.
+    const KEPT_MAX: usize = 100_000;
+
+    fn add(&self, timing: Duration) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() < Self::KEPT_MAX {
+            all.push(timing);
+        }
+    }
+
+    /// Those since the last call.
+    pub(super) fn take(&self) -> Vec<Duration> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// A requester at work.
 pub(super) struct Oracle {
     shared: Arc<Shared>,
-    thread: JoinHandle<Verdict>,
+    thread: Option<JoinHandle<Verdict>>,
 }
 
 #[derive(Default)]
@@ -68,11 +92,14 @@ struct Shared {
 
 impl Oracle {
     /// Begins once it is subscribed.
-    pub(super) fn start(port: u16, load: Load) -> Self {
+    pub(super) fn start(port: u16, load: Load, timings: Timings) -> Self {
         let shared = Arc::new(Shared::default());
         let own = Arc::clone(&shared);
-        let thread = std::thread::spawn(move || Requester::new(port, load, own).run());
-        Self { shared, thread }
+        let thread = std::thread::spawn(move || Requester::new(port, load, own, timings).run());
+        Self {
+            shared,
+            thread: Some(thread),
+        }
     }
 
     /// Tasks that have their outcome.
@@ -81,14 +108,15 @@ impl Oracle {
     }
 
     /// Sends no new tasks, waits for all outcomes, asks for them again, and judges. What has no outcome by then has none.
-    pub(super) fn finish(self, within: Duration) -> Verdict {
+    pub(super) fn finish(&mut self, within: Duration) -> Verdict {
         self.shared.closed.store(true, Ordering::Relaxed);
         let deadline = Instant::now() + within;
-        while !self.thread.is_finished() && Instant::now() < deadline {
+        let thread = self.thread.take().expect("an oracle finishes once");
+        while !thread.is_finished() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
         self.shared.over.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the requester's thread")
+        thread.join().expect("the requester's thread")
     }
 }
 
@@ -100,6 +128,8 @@ struct Pending {
     cancel_at: Option<Instant>,
     /// It has its outcome, which is to come again.
     again: bool,
+    /// When it was sent first, until something came of it.
+    unheard: Option<Instant>,
 }
 
 struct Requester {
@@ -114,11 +144,14 @@ struct Requester {
     again: VecDeque<usize>,
     asking_again: bool,
     chance: Chance,
+    timings: Timings,
+    /// No new task before.
+    due: Instant,
 }
 
 impl Requester {
-    fn new(port: u16, load: Load, shared: Arc<Shared>) -> Self {
-        let (mqtt, incoming) = connect(port);
+    fn new(port: u16, load: Load, shared: Arc<Shared>, timings: Timings) -> Self {
+        let (mqtt, incoming) = connect(port, load.seed);
         // A cancel and a task asked for again are no more than questions: who does not ask again may get no answer.
         let load = if load.resends {
             load
@@ -140,6 +173,8 @@ impl Requester {
             again: VecDeque::new(),
             asking_again: false,
             chance: Chance::new(load.seed),
+            timings,
+            due: Instant::now(),
         }
     }
 
@@ -174,6 +209,9 @@ impl Requester {
         let Some(pending) = &mut self.pending[n] else {
             return;
         };
+        if let Some(sent) = pending.unheard.take() {
+            self.timings.add(seen.at.saturating_duration_since(sent));
+        }
         if !self.judge.is_settled(n) || (pending.again && !self.judge.is_repeated(n)) {
             // A refusal says when; any other sign of life restarts the wait.
             pending.at = now + news.retry_after.unwrap_or(pending.patience);
@@ -204,9 +242,11 @@ impl Requester {
             let (n, cancel_at) = if let Some(n) = old {
                 self.judge.ask_again(n);
                 (n, None)
-            } else if closed {
+            } else if closed || self.due > now {
                 return;
             } else {
+                // Not `due` itself: what was missed while many were under way is not made up for.
+                self.due = now + self.load.pause;
                 let request = Request::new(self.load.seed, self.judge.len(), self.load.tokens_max);
                 let cancelled = self.chance.percent(self.load.cancelled);
                 // Some cancels overtake their task, some come after its end.
@@ -220,6 +260,7 @@ impl Requester {
                 patience: self.load.patience,
                 cancel_at,
                 again: old.is_some(),
+                unheard: None,
             });
             self.open.insert(n);
             if cancel_at.is_some() && n.is_multiple_of(5) {
@@ -277,6 +318,9 @@ impl Requester {
         // While the broker is away nothing is sent; it is tried soon again.
         let wait = if sent.is_ok() {
             self.judge.sent(n);
+            if !pending.again && self.judge.is_sent_once(n) {
+                pending.unheard = Some(Instant::now());
+            }
             let wait = pending.patience;
             pending.patience = (wait * 3 / 2).min(Duration::from_secs(10).max(wait));
             wait
@@ -314,8 +358,8 @@ impl Requester {
 }
 
 /// A clean session, subscribed anew at each connection: what the broker loses, resending repairs.
-fn connect(port: u16) -> (Mqtt, Receiver<Seen>) {
-    let id = format!("oracle-{}-{port}", std::process::id());
+fn connect(port: u16, seed: u64) -> (Mqtt, Receiver<Seen>) {
+    let id = format!("oracle-{}-{port}-{seed}", std::process::id());
     let mut options = MqttOptions::new(id, "127.0.0.1", port);
     options.set_max_packet_size(Some(1 << 20));
     options.set_keep_alive(Duration::from_secs(30));

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 /// The control file's integers, in the shim's order.
 #[derive(Clone, Copy)]
-pub(super) enum Field {
+pub(crate) enum Field {
     ClockOffset = 0,
     FsyncFails = 1,
     WriteFails = 2,
@@ -23,6 +23,7 @@ pub(super) enum Field {
     Injected = 6,
     ClockReads = 7,
     DiskCalls = 8,
+    Syncs = 9,
 }
 
 const FIELDS: usize = 16;
@@ -31,7 +32,7 @@ pub(super) const ENOSPC: i64 = 28;
 pub(super) const EROFS: i64 = 30;
 
 /// A shim for one agent.
-pub(super) struct Shim {
+pub(crate) struct Shim {
     folder: TempDir,
     library: PathBuf,
     control: File,
@@ -40,7 +41,7 @@ pub(super) struct Shim {
 
 impl Shim {
     /// Why there is none, if there can't be.
-    pub(super) fn new(state: &Path) -> Result<Self, String> {
+    pub(crate) fn new(state: &Path) -> Result<Self, String> {
         let library = library()?;
         let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
         let path = folder.path().join("control");
@@ -55,7 +56,7 @@ impl Shim {
     }
 
     /// The agent's environment; with `undo` a power cut can be played.
-    pub(super) fn env(&self, undo: bool) -> Vec<(String, String)> {
+    pub(crate) fn env(&self, undo: bool) -> Vec<(String, String)> {
         let at = |name: &str| self.folder.path().join(name).display().to_string();
         let mut env = vec![
             ("LD_PRELOAD", self.library.display().to_string()),
@@ -77,7 +78,7 @@ impl Shim {
         written.expect("the control file");
     }
 
-    pub(super) fn get(&self, field: Field) -> i64 {
+    pub(crate) fn get(&self, field: Field) -> i64 {
         let mut bytes = [0; 8];
         let read = self.control.read_exact_at(&mut bytes, field as u64 * 8);
         read.expect("the control file");

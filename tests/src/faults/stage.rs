@@ -2,7 +2,7 @@
 //! agent's memory all the while. Knows no fault by name.
 
 use super::judge::Verdict;
-use super::oracle::{Load, Oracle};
+use super::oracle::{Load, Oracle, Timings};
 use super::proxy::Proxy;
 use crate::{Agent, Broker, Client, Keeps, Security, Setup};
 use std::os::unix::process::ExitStatusExt as _;
@@ -23,6 +23,8 @@ pub(super) struct Plant {
     pub(super) setup: Setup,
     pub(super) load: Load,
     pub(super) settle: Duration,
+    /// The broker logs errors alone.
+    pub(super) quiet: bool,
 }
 
 impl Plant {
@@ -42,6 +44,7 @@ impl Plant {
             setup,
             load,
             settle: SETTLE,
+            quiet: false,
         }
     }
 }
@@ -52,6 +55,7 @@ pub(super) struct Stage {
     pub(super) proxy: Proxy,
     pub(super) agent: Agent,
     pub(super) oracle: Oracle,
+    pub(super) timings: Timings,
     /// How often the agent ended without having been told to.
     pub(super) left: usize,
     /// Whether it may: where its disk fails, it can do no better.
@@ -62,7 +66,11 @@ pub(super) struct Stage {
 
 impl Stage {
     pub(super) fn start(mut plant: Plant) -> Self {
-        let broker = Broker::with(plant.security, plant.keeps);
+        let broker = if plant.quiet {
+            Broker::quiet(plant.keeps, "")
+        } else {
+            Broker::with(plant.security, plant.keeps)
+        };
         let proxy = if plant.security == Security::Tls {
             let ca = broker.file("ca.pem").display().to_string();
             plant.setup.broker = format!("[broker.tls]\nca = '{ca}'\n");
@@ -76,12 +84,14 @@ impl Stage {
         watch.see(agent.id(), 0);
         // What is sent to a gateway that never subscribed is lost, and would cost a resend.
         Client::connect(&broker, "console").await_state("online");
-        let oracle = Oracle::start(broker.client_port, plant.load);
+        let timings = Timings::default();
+        let oracle = Oracle::start(broker.client_port, plant.load, timings.clone());
         let stage = Self {
             broker,
             proxy,
             agent,
             oracle,
+            timings,
             left: 0,
             may_leave: false,
             watch,
@@ -89,6 +99,21 @@ impl Stage {
         };
         stage.await_progress(1);
         stage
+    }
+
+    /// Who the agent is, now and after restarts.
+    pub(super) fn pid(&self) -> impl Fn() -> u32 + Send + use<> {
+        let shared = Arc::clone(&self.watch.shared);
+        move || shared.pid.load(Ordering::Relaxed)
+    }
+
+    /// Judges all tasks until now, and begins with others.
+    pub(super) fn lap(&mut self, load: Load) -> Verdict {
+        let port = self.broker.client_port;
+        // What comes to nobody would be a violation: the new one listens when the old one has all.
+        let verdict = self.oracle.finish(self.settle);
+        self.oracle = Oracle::start(port, load, self.timings.clone());
+        verdict
     }
 
     /// Waits until this many more tasks have an outcome, or for as long as that should ever take.
