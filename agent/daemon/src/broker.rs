@@ -22,7 +22,7 @@ use rumqttc::v5::mqttbytes::v5::{
     ConnectProperties, LastWill, LastWillProperties, PubAckReason, Publish,
 };
 use rumqttc::v5::{AsyncClient, MqttOptions};
-use rumqttc::{TlsConfiguration, Transport};
+use rumqttc::{NetworkOptions, TlsConfiguration, Transport};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -161,7 +161,11 @@ fn options(settings: &Settings) -> MqttOptions {
     properties.session_expiry_interval = Some(expiry);
     properties.receive_maximum = Some(RECEIVE_MAX as u16);
     properties.max_packet_size = Some(PACKET_BYTES_MAX as u32);
+    // A small event must not wait for the acknowledgement of the packet before it: 42 ms on Linux.
+    let mut network = NetworkOptions::new();
+    network.set_tcp_nodelay(true);
     options
+        .set_network_options(network)
         .set_connect_properties(properties)
         .set_clean_start(expiry == 0)
         .set_keep_alive(settings.keep_alive)

@@ -76,7 +76,7 @@ fn crash_at(scale: Scale, point: &str) -> Finding {
         let env = (CRASH_AT.to_owned(), format!("{point}:{pass}"));
         stage.agent.set_env(vec![env]);
         stage.restart_agent();
-        reached += usize::from(stage.aborts_within(Duration::from_secs(5)));
+        reached += u64::from(stage.aborts_within(Duration::from_secs(5)));
         stage.agent.set_env(Vec::new());
         stage.restart_agent();
         std::thread::sleep(chance.millis(100, 400));
@@ -84,7 +84,7 @@ fn crash_at(scale: Scale, point: &str) -> Finding {
             break;
         }
     }
-    Finding::Ran(Ran::of(stage, reached, ""))
+    Finding::Ran(Ran::of(stage, reached as usize, ""))
 }
 
 fn freezes(scale: Scale) -> Finding {
