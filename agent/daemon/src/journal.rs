@@ -14,7 +14,7 @@ use crate::crash;
 use anyhow::{Context, Result, bail};
 use millwright_task::admission::Kept;
 use millwright_task::job::{Post, Ticket};
-use millwright_task::limits::{JOURNAL_BYTES_MAX, JOURNAL_CACHE_BYTES};
+use millwright_task::limits::JOURNAL_BATCH_BYTES;
 use millwright_task::recall::Recalled;
 use millwright_task::wire::{Key, Reply, Task};
 use std::fs::{self, File};
@@ -30,7 +30,7 @@ const PACE: Duration = Duration::from_millis(5);
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);
 /// What a change takes beside its payload.
-const CHANGE_BYTES: usize = 512;
+const CHANGE_BYTES: usize = 1024;
 /// The gateway's own time is written at least so often.
 const STAMP: Duration = Duration::from_hours(1);
 /// Between attempts after an error of the disk.
@@ -148,9 +148,8 @@ pub struct Journal {
     /// When the oldest of `changes` was noted.
     since: Option<Instant>,
     is_urgent: bool,
-    /// What `changes` take in memory, and what is with the thread.
+    /// What `changes` take in memory, about.
     bytes: usize,
-    writing: usize,
     /// The batch that `changes` become, and the last one that is on disk.
     next: Mark,
     kept: Mark,
@@ -180,7 +179,6 @@ impl Journal {
             since: None,
             is_urgent: false,
             bytes: 0,
-            writing: 0,
             next: Mark(1),
             kept: Mark(0),
             written: Instant::now(),
@@ -205,7 +203,7 @@ impl Journal {
 
     /// Whether more may be noted: no more than so much waits for a disk that is slow or refuses.
     pub fn has_room(&self) -> bool {
-        self.bytes + self.writing < JOURNAL_BYTES_MAX - JOURNAL_CACHE_BYTES
+        self.bytes < JOURNAL_BATCH_BYTES
     }
 
     fn is_free(&self) -> bool {
@@ -240,7 +238,7 @@ impl Journal {
         // One at a time, so that there is room; without the thread nothing is ever kept, and the agent ends.
         let _ = self.batches.as_ref().map(|batches| batches.try_send(batch));
         self.next.0 += 1;
-        self.writing = std::mem::take(&mut self.bytes);
+        self.bytes = 0;
         self.written = Instant::now();
         self.since = None;
         self.is_urgent = false;
@@ -249,7 +247,6 @@ impl Journal {
     /// A batch is on disk.
     pub fn keep(&mut self, mark: Mark) {
         self.kept = self.kept.max(mark);
-        self.writing = 0;
     }
 }
 

@@ -62,12 +62,12 @@ pub const OUTBOX_RESERVE_EVENTS: usize = 4;
 pub const INFLIGHT_MAX: usize = 16;
 /// Requests handed to the MQTT client and not yet written.
 pub const REQUESTS_MAX: usize = 64;
-/// Changes on their way to the journal: copies of tasks not yet acknowledged and events not yet sent, so at most what those
-/// may be together; and the store's own cache.
-pub const JOURNAL_BYTES_MAX: usize = QUEUE_BYTES_MAX
-    + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + ANSWER_BYTES_MAX)
-    + OUTBOX_BYTES_MAX
-    + JOURNAL_CACHE_BYTES;
+/// Changes gathered for the journal while it writes the ones before; beyond, no message is taken in. Answers of those that run
+/// come on top.
+pub const JOURNAL_BATCH_BYTES: usize = 4 * MIB;
+/// The batch that is gathered, the one that is written, and the pages it is written into.
+pub const JOURNAL_BYTES_MAX: usize =
+    3 * (JOURNAL_BATCH_BYTES + RUNNING_TASKS_MAX * ANSWER_BYTES_MAX) + JOURNAL_CACHE_BYTES;
 pub const JOURNAL_CACHE_BYTES: usize = 2 * MIB;
 /// Events from the model's thread to the agent.
 pub const WORKER_EVENTS_MAX: usize = 256;
