@@ -80,10 +80,12 @@ where
         load,
         thread,
     } = worker::spawn(brain)?;
+    let kv_tokens_max = load.borrow().kv_tokens_max;
     let mut health = health(config.model.state_dir.clone(), config.health_interval);
     let mut agent = Dispatcher::new(Parts {
         slots: slots.clamp(1, RUNNING_TASKS_MAX),
-        context: model.context_length.min(load.borrow().kv_tokens_max),
+        context: model.context_length.min(kv_tokens_max),
+        kv_tokens_max,
         journal,
         link: link.clone(),
         config: Arc::clone(&config),

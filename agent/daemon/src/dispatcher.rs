@@ -17,7 +17,7 @@ use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
 use millwright_engine::{Completion, Finish};
-use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size};
+use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size, Suspended};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, INBOX_MESSAGES_MAX, SEED_MAX};
 use millwright_task::recall::{Gone, Window};
@@ -35,8 +35,9 @@ pub struct Parts<P: Prepare> {
     pub preparer: P,
     /// Tasks at the same time.
     pub slots: usize,
-    /// Tokens that one task may take.
+    /// Tokens that one task may take, and all that run together.
     pub context: usize,
+    pub kv_tokens_max: usize,
     pub journal: Journal,
     pub link: Link,
     pub commands: mpsc::Sender<Command<P::Work>>,
@@ -88,6 +89,7 @@ impl<P: Prepare> Dispatcher<P> {
             queue_tasks_max: tasks.queue_max,
             queue_bytes_max: millwright_task::limits::QUEUE_BYTES_MAX,
             slots: parts.slots,
+            kv_tokens_max: parts.kv_tokens_max,
             deadline_max: tasks.deadline_max,
             window: Window {
                 age_max: tasks.dedup_window,
@@ -285,7 +287,7 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    pub fn on_report(&mut self, report: Report) {
+    pub fn on_report(&mut self, report: Report<P::Work>) {
         let now = self.parts.clock.now();
         match report {
             Report::Started(ticket) => {
@@ -306,6 +308,10 @@ impl<P: Prepare> Dispatcher<P> {
                 let product = completion.map(product).unwrap_or_default();
                 self.finish(ticket, Outcome::Stopped(product));
             }
+            Report::Suspended(ticket, work, completion) => {
+                let product = completion.map(product).unwrap_or_default();
+                self.on_suspended(ticket, work, product);
+            }
             Report::Failed(ticket, reason) => {
                 tracing::error!("the model failed: {reason}");
                 let refusal = Refusal::new(
@@ -313,6 +319,24 @@ impl<P: Prepare> Dispatcher<P> {
                     format!("the model failed: {}", wire::echo(&reason)),
                 );
                 self.finish(ticket, Outcome::Failed(refusal));
+            }
+        }
+    }
+
+    /// A task gave way; it waits again, unless it was to end anyway.
+    fn on_suspended(&mut self, ticket: Ticket, work: P::Work, product: Product) {
+        self.flush_texts();
+        let now = self.parts.clock.now();
+        let seed = self.seeds.remove(&ticket).unwrap_or_default();
+        match self.admission.suspend(now, ticket, (work, seed), product) {
+            None => {}
+            Some(Suspended::Ended(post)) => self.finished(ticket, post),
+            Some(Suspended::Waiting { begun }) => {
+                // It has not taken the agent down.
+                self.note(Change::Begun {
+                    ticket,
+                    times: begun,
+                });
             }
         }
     }
@@ -346,12 +370,16 @@ impl<P: Prepare> Dispatcher<P> {
 
     fn finish(&mut self, ticket: Ticket, outcome: Outcome) {
         self.flush_last_text(ticket);
-        self.seeds.remove(&ticket);
-        self.stopping.remove(&ticket);
         let now = self.parts.clock.now();
         if let Some(post) = self.admission.finish(now, ticket, outcome) {
-            self.conclude(Some(ticket), post);
+            self.finished(ticket, post);
         }
+    }
+
+    fn finished(&mut self, ticket: Ticket, post: Post) {
+        self.seeds.remove(&ticket);
+        self.stopping.remove(&ticket);
+        self.conclude(Some(ticket), post);
     }
 
     /// Keeps and sends the final event of an accepted task; `ran` if it was with the model.
@@ -432,6 +460,11 @@ impl<P: Prepare> Dispatcher<P> {
             self.seeds.insert(ticket, seed);
             self.note(Change::Begun { ticket, times });
             let _ = self.parts.commands.try_send(Command::Start(ticket, work));
+        }
+        if !self.is_draining {
+            while let Some(ticket) = self.admission.yielding() {
+                let _ = self.parts.commands.try_send(Command::Suspend(ticket));
+            }
         }
         for gone in self.admission.take_gone() {
             self.note(match gone {
@@ -525,6 +558,7 @@ fn prepare<P: Prepare>(
     let prompt_tokens = work.prompt_tokens();
     let size = Size {
         prompt_tokens,
+        kv_tokens: work.kv_tokens(),
         answer_tokens: work.tokens_max().saturating_sub(prompt_tokens),
     };
     Ok(((work, seed), size))

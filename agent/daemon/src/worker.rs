@@ -17,6 +17,8 @@ pub trait Work: Send + 'static {
     fn prompt_tokens(&self) -> usize;
     /// Prompt and answer together, at most.
     fn tokens_max(&self) -> usize;
+    /// What of the cache it holds while it runs, in tokens.
+    fn kv_tokens(&self) -> usize;
 }
 
 /// Makes work of requests; may be called from any thread.
@@ -35,6 +37,8 @@ pub trait Brain: Send + 'static {
     fn step(&mut self) -> Result<Vec<(Self::Slot, Event)>, String>;
     /// Ends a task; what was produced until now.
     fn cancel(&mut self, slot: Self::Slot) -> Completion;
+    /// Puts a task aside, to be started again later; and what was produced until now.
+    fn suspend(&mut self, slot: Self::Slot) -> (Self::Work, Completion);
     fn is_idle(&self) -> bool;
     fn load(&self) -> Load;
 }
@@ -51,30 +55,33 @@ pub struct Load {
 pub enum Command<W> {
     Start(Ticket, W),
     Stop(Ticket),
+    Suspend(Ticket),
 }
 
 /// What the worker tells.
-pub enum Report {
+pub enum Report<W> {
     Started(Ticket),
     Text(Ticket, String),
     Done(Ticket, Completion),
     /// Answers [`Command::Stop`]; `None` when the model never began.
     Stopped(Ticket, Option<Completion>),
+    /// Answers [`Command::Suspend`].
+    Suspended(Ticket, W, Option<Completion>),
     Failed(Ticket, String),
 }
 
 /// The agent's ends of the worker. The thread ends when `commands` is dropped.
 pub struct Worker<W> {
     pub commands: mpsc::Sender<Command<W>>,
-    pub reports: mpsc::Receiver<Report>,
+    pub reports: mpsc::Receiver<Report<W>>,
     pub load: watch::Receiver<Load>,
     pub thread: JoinHandle<()>,
 }
 
 /// Moves the model onto its thread.
 pub fn spawn<B: Brain>(brain: B) -> anyhow::Result<Worker<B::Work>> {
-    // One start and one stop for each task that runs: a send never finds it full.
-    let (commands, commands_rx) = mpsc::channel(2 * RUNNING_TASKS_MAX);
+    // A start, a stop and a word to give way for each task that runs: a send never finds it full.
+    let (commands, commands_rx) = mpsc::channel(3 * RUNNING_TASKS_MAX);
     let (reports_tx, reports) = mpsc::channel(WORKER_EVENTS_MAX);
     let (load_tx, load) = watch::channel(brain.load());
     let bench = Bench {
@@ -104,7 +111,7 @@ struct Gone;
 struct Bench<B: Brain> {
     brain: B,
     commands: mpsc::Receiver<Command<B::Work>>,
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<Report<B::Work>>,
     load: watch::Sender<Load>,
     /// Given to us and not begun: the arena has no room yet. At most as many as run.
     waiting: VecDeque<(Ticket, B::Work)>,
@@ -143,26 +150,44 @@ impl<B: Brain> Bench<B> {
     fn obey(&mut self, command: Command<B::Work>) -> Result<(), Gone> {
         match command {
             Command::Start(ticket, work) => self.waiting.push_back((ticket, work)),
+            // Where neither is so it finished while the command was on its way, and its report was sent before.
             Command::Stop(ticket) => {
-                let slot = self
-                    .tickets
-                    .iter()
-                    .find(|(_, t)| **t == ticket)
-                    .map(|(slot, _)| *slot);
-                if let Some(slot) = slot {
+                if let Some(slot) = self.slot(ticket) {
                     let completion = self.brain.cancel(slot);
                     self.forget(slot);
                     return self.tell(Report::Stopped(ticket, Some(completion)));
                 }
-                let waiting = self.waiting.len();
-                self.waiting.retain(|(t, _)| *t != ticket);
-                if self.waiting.len() < waiting {
+                if self.take_waiting(ticket).is_some() {
                     return self.tell(Report::Stopped(ticket, None));
                 }
-                // Neither: it finished while the command was on its way, and its report was sent before.
+            }
+            Command::Suspend(ticket) => {
+                if let Some(slot) = self.slot(ticket) {
+                    let (work, completion) = self.brain.suspend(slot);
+                    // What comes later counts its place from here, so none of it may be missed.
+                    if let Some(text) = self.texts.remove(&ticket) {
+                        self.tell(Report::Text(ticket, text))?;
+                    }
+                    self.forget(slot);
+                    return self.tell(Report::Suspended(ticket, work, Some(completion)));
+                }
+                if let Some(work) = self.take_waiting(ticket) {
+                    return self.tell(Report::Suspended(ticket, work, None));
+                }
             }
         }
         Ok(())
+    }
+
+    fn slot(&self, ticket: Ticket) -> Option<B::Slot> {
+        let mut slots = self.tickets.iter();
+        slots.find(|(_, t)| **t == ticket).map(|(slot, _)| *slot)
+    }
+
+    /// One that was given to us and not begun.
+    fn take_waiting(&mut self, ticket: Ticket) -> Option<B::Work> {
+        let place = self.waiting.iter().position(|(t, _)| *t == ticket)?;
+        Some(self.waiting.remove(place)?.1)
     }
 
     /// Begins what has been waiting, in order.
@@ -244,7 +269,10 @@ impl<B: Brain> Bench<B> {
         Some(ticket)
     }
 
-    fn tell(&self, report: Report) -> Result<(), Gone> {
+    fn tell(&self, report: Report<B::Work>) -> Result<(), Gone> {
         self.reports.blocking_send(report).map_err(|_| Gone)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Agent, BASE, Broker, Listener, publish};
+use serde_json::Value;
 use std::process::Command;
 use std::time::Duration;
 
@@ -86,6 +87,48 @@ fn cancels_deadlines_refusals_and_the_drain_each_say_what_they_are() {
     assert_eq!(listener.expect("rejected")["code"], "context_overflow");
     agent.stop().unwrap();
     listener.expect("offline");
+}
+
+#[test]
+fn an_urgent_task_takes_the_slot_and_the_other_goes_on_after_it() {
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let agent = Agent::start(broker.port, SLOW);
+    listener.expect("online");
+    publish(broker.port, "task", &task("low", 40, ""), &[]);
+    let mut events = Vec::new();
+    let mut until = |task: &str, name: &str| {
+        while !(events.iter()).any(|e: &Value| e["task"] == task && e["event"] == name) {
+            events.push(listener.event());
+        }
+        events.clone()
+    };
+    until("low", "delta");
+    let urgent = task("urgent", 3, r#", "priority": 9"#);
+    publish(broker.port, "task", &urgent, &[]);
+    let events = until("urgent", "done");
+    assert!(
+        !events
+            .iter()
+            .any(|e| e["task"] == "low" && e["event"] == "done")
+    );
+    // Then in the same run, and announced once.
+    let events = until("low", "done");
+    let low: Vec<_> = events.iter().filter(|e| e["task"] == "low").collect();
+    let done = low.last().unwrap();
+    assert!(low.iter().all(|e| e["run"] == done["run"]));
+    assert_eq!(low.iter().filter(|e| e["event"] == "started").count(), 1);
+    assert_eq!(done["usage"]["generated_tokens"], 40);
+    let text = done["text"].as_str().unwrap();
+    assert!("check the pump ".repeat(14).starts_with(text));
+    for delta in low.iter().filter(|e| e["event"] == "delta") {
+        let (offset, new) = (
+            delta["offset"].as_u64().unwrap() as usize,
+            delta["text"].as_str(),
+        );
+        assert_eq!(Some(&text[offset..offset + new.unwrap().len()]), new);
+    }
+    agent.stop().unwrap();
 }
 
 #[test]
@@ -175,7 +218,7 @@ fn ask_prints_the_answer_and_says_why_there_is_none() {
     assert_eq!(
         (
             code,
-            serde_json::from_str::<serde_json::Value>(&out).unwrap()["task"].clone()
+            serde_json::from_str::<Value>(&out).unwrap()["task"].clone()
         ),
         (Some(0), "j".into()),
         "{err}"

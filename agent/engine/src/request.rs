@@ -1,8 +1,10 @@
 //! What the engine is asked: requests, and the check that makes them tokens. Runs nothing.
 
+use crate::arena::BLOCK_TOKENS;
 use crate::sampler::Sampling;
-use crate::text::{Message, Text, TextError};
+use crate::text::{Message, Text, TextError, TextStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What to answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,14 +40,37 @@ pub enum RequestError {
     Template(String),
 }
 
-/// A request that was tokenised and fits the model's context.
-#[derive(Debug)]
+/// A request that was tokenised and fits the model's context, or an answer that was put aside.
 pub struct Prepared {
+    /// The prompt, and what the answer has already.
     pub(crate) tokens: Vec<u32>,
-    max_tokens: usize,
+    pub(crate) max_tokens: usize,
     pub(crate) sampling: Sampling,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
+    pub(crate) begun: Option<Box<Begun>>,
+}
+
+/// What an answer that was put aside has beside its tokens.
+pub(crate) struct Begun {
+    pub(crate) prompt_tokens: usize,
+    pub(crate) stream: TextStream,
+    /// Whether its prefill began, which is said once.
+    pub(crate) started: bool,
+    /// The time it has had.
+    pub(crate) prefill: Duration,
+    pub(crate) decode: Duration,
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Prepared({} tokens, {} more)",
+            self.tokens.len(),
+            self.max_tokens
+        )
+    }
 }
 
 impl Prepared {
@@ -63,6 +88,11 @@ impl Prepared {
     /// Positions that prompt and answer may take together.
     pub fn tokens_max(&self) -> usize {
         self.tokens.len() + self.max_tokens
+    }
+
+    /// Positions of the cache that are reserved for it while it runs: whole blocks.
+    pub fn kv_tokens(&self) -> usize {
+        self.tokens_max().next_multiple_of(BLOCK_TOKENS)
     }
 }
 
@@ -143,6 +173,7 @@ impl Preparer {
             sampling,
             stop,
             ignore_eos: false,
+            begun: None,
         })
     }
 }

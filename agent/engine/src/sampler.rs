@@ -96,6 +96,10 @@ impl Sampler {
         }
     }
 
+    pub fn into_sampling(self) -> Sampling {
+        self.sampling
+    }
+
     /// The token after `history` (prompt and answer so far), given its `logits`, one per vocabulary entry;
     /// they are changed by the penalty. Of equal logits the lowest id wins; NaN counts as the least.
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> u32 {

@@ -6,7 +6,7 @@ use crate::forward::Forward;
 use crate::guard;
 use crate::observer::Observer;
 use crate::open::{Card, Model, OpenError, Options};
-use crate::request::{Prepared, Preparer};
+use crate::request::{Begun, Prepared, Preparer};
 use crate::sampler::Sampler;
 use crate::share::share;
 use crate::text::{Text, TextStream};
@@ -123,6 +123,8 @@ struct Sequence {
     tokens: Vec<u32>,
     prompt_tokens: usize,
     tokens_max: usize,
+    /// How many of `tokens` were there when it got its slot: the prompt, and the answer so far if it was put aside.
+    given: usize,
     /// How many of `tokens` are in the cache.
     cached: usize,
     /// The last step in which its prompt got more than an even share, or the one before it came.
@@ -130,6 +132,12 @@ struct Sequence {
     ignore_eos: bool,
     sampler: Sampler,
     stream: TextStream,
+    /// It was said that its prefill begins.
+    announced: bool,
+    /// The time it had before it was put aside.
+    prefill: Duration,
+    decode: Duration,
+    /// In the slot that it has now.
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
@@ -141,9 +149,34 @@ impl Sequence {
         self.tokens.len() - self.cached
     }
 
-    /// Whether its whole prompt is in the cache, so that it makes a token each step.
+    /// Whether all that it began with is in the cache, so that it makes a token each step.
     fn decodes(&self) -> bool {
-        self.cached >= self.prompt_tokens
+        self.cached >= self.given
+    }
+
+    /// What it has until now.
+    fn completion(&self, finish: Finish) -> Completion {
+        let (prefill, decode) = self.times();
+        Completion {
+            text: self.stream.text().to_owned(),
+            tokens: self.tokens[self.prompt_tokens..].to_vec(),
+            finish,
+            prompt_tokens: self.prompt_tokens,
+            prefill,
+            decode,
+        }
+    }
+
+    /// Of prefill and of decode.
+    fn times(&self) -> (Duration, Duration) {
+        let since = |from: Option<Instant>, to: Option<Instant>| {
+            to.zip(from)
+                .map_or(Duration::ZERO, |(to, from)| to.duration_since(from))
+        };
+        (
+            self.prefill + since(self.started, self.first_token),
+            self.decode + since(self.first_token, self.last_token),
+        )
     }
 }
 
@@ -239,15 +272,29 @@ impl Engine {
             return Err(prepared);
         }
         let tokens_max = prepared.tokens_max();
+        let given = prepared.tokens.len();
+        let begun = prepared.begun.unwrap_or_else(|| {
+            Box::new(Begun {
+                prompt_tokens: given,
+                stream: TextStream::new(Arc::clone(&self.text), prepared.stop),
+                started: false,
+                prefill: Duration::ZERO,
+                decode: Duration::ZERO,
+            })
+        });
         self.slots[slot] = Some(Sequence {
-            prompt_tokens: prepared.tokens.len(),
             tokens: prepared.tokens,
+            prompt_tokens: begun.prompt_tokens,
             tokens_max,
+            given,
             cached: 0,
             favoured: self.steps,
             ignore_eos: prepared.ignore_eos,
             sampler: Sampler::new(prepared.sampling),
-            stream: TextStream::new(Arc::clone(&self.text), prepared.stop),
+            stream: begun.stream,
+            announced: begun.started,
+            prefill: begun.prefill,
+            decode: begun.decode,
             started: None,
             first_token: None,
             last_token: None,
@@ -261,6 +308,32 @@ impl Engine {
     /// If the slot holds no answer.
     pub fn cancel(&mut self, slot: Slot) -> Completion {
         self.finish(slot.0 as usize, Finish::Cancelled)
+    }
+
+    /// Puts an answer aside: its slot and its cache are free at once, and it goes on from here when it is started again,
+    /// with the tokens it would have had; what it has until now is computed once more as a prompt is. Also says what that is.
+    ///
+    /// # Panics
+    /// If the slot holds no answer.
+    pub fn suspend(&mut self, slot: Slot) -> (Prepared, Completion) {
+        let sequence = self.take(slot.0 as usize);
+        let completion = sequence.completion(Finish::Cancelled);
+        let (prefill, decode) = sequence.times();
+        let prepared = Prepared {
+            max_tokens: sequence.tokens_max - sequence.tokens.len(),
+            tokens: sequence.tokens,
+            sampling: sequence.sampler.into_sampling(),
+            stop: Vec::new(),
+            ignore_eos: sequence.ignore_eos,
+            begun: Some(Box::new(Begun {
+                prompt_tokens: sequence.prompt_tokens,
+                stream: sequence.stream,
+                started: sequence.announced,
+                prefill,
+                decode,
+            })),
+        };
+        (prepared, completion)
     }
 
     /// Has the parts of each step told to this one from now on: for measuring.
@@ -375,8 +448,9 @@ impl Engine {
                 if tokens > even {
                     sequence.favoured = self.steps;
                 }
-                if sequence.started.is_none() {
-                    sequence.started = Some(Instant::now());
+                sequence.started.get_or_insert_with(Instant::now);
+                if !sequence.announced {
+                    sequence.announced = true;
                     events.push((Slot(slot as u32), Event::Started));
                 }
             }
@@ -464,23 +538,16 @@ impl Engine {
     }
 
     fn finish(&mut self, slot: usize, finish: Finish) -> Completion {
-        let mut sequence = self.slots[slot]
-            .take()
-            .expect("a slot holds an answer until it is finished");
-        self.forward.release(slot);
+        let mut sequence = self.take(slot);
         sequence.stream.finish();
-        let since = |from: Option<Instant>, to: Option<Instant>| {
-            to.zip(from)
-                .map_or(Duration::ZERO, |(to, from)| to.duration_since(from))
-        };
-        Completion {
-            text: sequence.stream.text().to_owned(),
-            tokens: sequence.tokens.split_off(sequence.prompt_tokens),
-            finish,
-            prompt_tokens: sequence.prompt_tokens,
-            prefill: since(sequence.started, sequence.first_token),
-            decode: since(sequence.first_token, sequence.last_token),
-        }
+        sequence.completion(finish)
+    }
+
+    /// Frees a slot and its cache.
+    fn take(&mut self, slot: usize) -> Sequence {
+        let sequence = self.slots[slot].take();
+        self.forward.release(slot);
+        sequence.expect("a slot holds an answer until it is finished")
     }
 }
 

@@ -204,6 +204,64 @@ fn a_cancelled_answer_frees_its_slot_and_its_blocks() {
     );
 }
 
+const CHUNK: usize = 16;
+
+/// Runs one request, and puts it aside whenever it has made `every` steps that were new; what was streamed, and the answer.
+fn run_aside(engine: &mut Engine, request: &Request, every: usize) -> (String, Completion) {
+    let mut prepared = engine.preparer().prepare(request.clone()).unwrap();
+    let (mut streamed, mut starts) = (String::new(), 0);
+    loop {
+        // Until it has caught up with itself nothing is new.
+        let steps = every + prepared.prompt_tokens().div_ceil(CHUNK);
+        let slot = engine.start(prepared.ignoring_eos()).unwrap();
+        for _ in 0..steps {
+            for (_, event) in engine.step().unwrap() {
+                match event {
+                    Event::Started => starts += 1,
+                    Event::Text(text) => streamed.push_str(&text),
+                    Event::Done(completion) => {
+                        assert_eq!(starts, 1, "its prefill is announced once");
+                        return (streamed, completion);
+                    }
+                }
+            }
+        }
+        let partial;
+        (prepared, partial) = engine.suspend(slot);
+        assert_eq!(partial.text, streamed);
+        assert_eq!(engine.usage().kv_tokens_used, 0, "its blocks are free");
+    }
+}
+
+#[test]
+fn an_answer_that_is_put_aside_goes_on_as_if_it_had_not_been() {
+    let tiny = Tiny::new();
+    let text = run(&mut tiny.open(|_| {}), &[request(3)])[0].text.clone();
+    let middle = text.chars().skip(text.chars().count() / 2).take(3);
+    let stopping = Request {
+        stop: vec![middle.collect()],
+        ..request(3)
+    };
+    for request in [request(0), request(3), stopping] {
+        let whole = &run(&mut tiny.open(|_| {}), std::slice::from_ref(&request))[0];
+        for every in [1, 2, 5] {
+            let mut engine = tiny.open(|o| o.prefill_chunk = CHUNK);
+            let (streamed, aside) = run_aside(&mut engine, &request, every);
+            assert_eq!((&aside.tokens, &aside.text), (&whole.tokens, &whole.text));
+            assert_eq!(
+                (aside.prompt_tokens, aside.finish),
+                (whole.prompt_tokens, whole.finish)
+            );
+            assert_eq!(streamed, whole.text);
+            assert!(engine.is_idle());
+            // Not exact there, but whole.
+            let mut plain = tiny.open(|o| o.plan = PlanChoice::Plain);
+            let (streamed, aside) = run_aside(&mut plain, &request, every);
+            assert_eq!(streamed, aside.text);
+        }
+    }
+}
+
 /// Here tract makes all rows of the logits and the engine picks those it samples.
 #[test]
 fn the_flat_plan_answers_as_the_plain_one_when_the_head_is_tracts() {

@@ -6,9 +6,11 @@ mod kept;
 mod overtaken;
 mod pace;
 mod queue;
+mod slots;
 
 pub use kept::Kept;
 pub use pace::Size;
+pub use slots::Suspended;
 
 use crate::Now;
 use crate::job::{Job, Outcome, Post, Product, Stop, Ticket, stopped};
@@ -36,6 +38,8 @@ pub struct Rules {
     pub queue_bytes_max: usize,
     /// Tasks that the model runs at the same time.
     pub slots: usize,
+    /// Tokens that the cache of those that run holds together.
+    pub kv_tokens_max: usize,
     /// How long a cancel without a task is remembered.
     pub deadline_max: Duration,
     pub window: Window,
@@ -121,6 +125,10 @@ struct Held {
     eta: Option<Duration>,
     /// How often the model began with it, over restarts.
     begun: u32,
+    /// The model was told to put it aside.
+    yields: bool,
+    /// What the model had made of it when it put it aside.
+    product: Product,
 }
 
 impl<W> Admission<W> {
@@ -263,7 +271,8 @@ impl<W> Admission<W> {
         let busy = |reason: String, limit: usize| {
             let refusal = Refusal::new(Code::Busy, reason).with_limit(limit as u64);
             // When a slot is free, and with it a place in the queue.
-            let retry = self.end_of(now, std::iter::empty(), Size::default());
+            let running = |held: &&Held| held.job.is_running();
+            let retry = self.end_of(now, running, std::iter::empty(), Size::default());
             let retry = retry.unwrap_or(RETRY).clamp(RETRY_MIN, RETRY_MAX);
             Err(Refusal {
                 retry_after_ms: Some(retry.as_millis() as u64),
@@ -299,7 +308,7 @@ impl<W> Admission<W> {
     /// Whether a task can be done by its deadline, as far as is known.
     fn judge_time(&self, now: Now, task: &Task, size: Size) -> Result<(), Refusal> {
         let turn = self.queue.turn(now.own, task);
-        let eta = self.eta(now, turn, Ticket(u64::MAX), size);
+        let eta = self.eta(now, (turn, task.priority), Ticket(u64::MAX), size);
         match eta.filter(|eta| now.own + *eta > task.deadline) {
             None => Ok(()),
             Some(eta) => {
@@ -325,12 +334,15 @@ impl<W> Admission<W> {
         let service = self.pace.service(size).unwrap_or(Duration::from_secs(1));
         let share = service / self.rules.slots.max(1) as u32;
         let turn = self.queue.put(now.own, ticket, &job.task, work, share);
+        let priority = job.task.priority;
         let mut held = Held {
             job,
             size,
             turn,
-            eta: self.eta(now, turn, ticket, size),
+            eta: self.eta(now, (turn, priority), ticket, size),
             begun,
+            yields: false,
+            product: Product::default(),
         };
         let ahead = self.queue.before(turn, ticket).count();
         let body = accepted(ahead as u64, held.eta);
@@ -338,18 +350,6 @@ impl<W> Admission<W> {
         self.tickets.insert(held.job.task.key.clone(), ticket);
         self.jobs.insert(ticket, held);
         post
-    }
-
-    /// The next task to run, if a slot is free, and how often it is begun with this.
-    pub fn next(&mut self, now: Now) -> Option<(Ticket, W, u32)> {
-        if self.running() >= self.rules.slots {
-            return None;
-        }
-        let (ticket, work) = self.queue.pop()?;
-        let held = self.jobs.get_mut(&ticket)?;
-        held.job.start(now);
-        held.begun += 1;
-        Some((ticket, work, held.begun))
     }
 
     /// An accepted task that has not ended.
@@ -379,12 +379,15 @@ impl<W> Admission<W> {
     pub fn finish(&mut self, now: Now, ticket: Ticket, outcome: Outcome) -> Option<Post> {
         let held = self.jobs.get(&ticket)?;
         if let Outcome::Done { product, .. } = &outcome {
-            self.pace.learn(held.size, product);
+            // One that was put aside had its prompt computed twice.
+            if !held.job.was_suspended() {
+                self.pace.learn(held.size, product);
+            }
             if let Some(eta) = held.eta {
                 self.pace.judge(eta, held.job.age(now));
             }
         }
-        let body = held.job.outcome(now, outcome);
+        let body = held.job.outcome(outcome);
         self.close_job(now, ticket, body)
     }
 
@@ -449,7 +452,8 @@ impl<W> Admission<W> {
         let held = self.jobs.get_mut(&ticket).filter(waiting)?;
         self.queue.remove(held.turn, ticket);
         held.job.stop = Some(why);
-        self.close_job(now, ticket, stopped(Some(why), Product::default()))
+        let product = std::mem::take(&mut held.product);
+        self.close_job(now, ticket, stopped(Some(why), product))
     }
 
     fn close_job(&mut self, now: Now, ticket: Ticket, body: Body) -> Option<Post> {
@@ -524,17 +528,31 @@ impl<W> Admission<W> {
         }
         let ticket = held.job.ticket();
         let ahead = self.queue.before(held.turn, ticket).count();
-        let eta = self.eta(now, held.turn, ticket, held.size);
+        let turn = (held.turn, held.job.task.priority);
+        let eta = self.eta(now, turn, ticket, held.size);
         (ahead as u64, eta)
     }
 
-    /// How long from now until a task with that turn should be done.
-    fn eta(&self, now: Now, turn: Turn, ticket: Ticket, size: Size) -> Option<Duration> {
-        self.end_of(now, self.queue.before(turn, ticket), size)
+    /// How long from now until a task with that turn and priority should be done.
+    fn eta(
+        &self,
+        now: Now,
+        (turn, priority): (Turn, u8),
+        ticket: Ticket,
+        size: Size,
+    ) -> Option<Duration> {
+        let stays = |held: &&Held| held.job.is_running() && !held.may_yield(turn, priority);
+        self.end_of(now, stays, self.queue.before(turn, ticket), size)
     }
 
-    fn end_of(&self, now: Now, before: impl Iterator<Item = Size>, size: Size) -> Option<Duration> {
-        let running = self.jobs.values().filter(|held| held.job.is_running());
+    fn end_of(
+        &self,
+        now: Now,
+        stays: impl Fn(&&Held) -> bool,
+        before: impl Iterator<Item = Size>,
+        size: Size,
+    ) -> Option<Duration> {
+        let running = self.jobs.values().filter(stays);
         let running = running.map(|held| (held.size, held.job.service(now)));
         self.pace.finish(self.rules.slots, running, before, size)
     }

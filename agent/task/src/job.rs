@@ -96,7 +96,13 @@ pub struct Job {
     run: String,
     seq: u64,
     accepted: Duration,
-    started: Option<Duration>,
+    is_running: bool,
+    was_suspended: bool,
+    /// When it began to wait, or to run.
+    since: Duration,
+    /// How long it waited and ran until then.
+    waited: Duration,
+    served: Duration,
     /// Bytes of the answer that went out as deltas, or would have.
     offset: usize,
     pub stop: Option<Stop>,
@@ -110,7 +116,11 @@ impl Job {
             run,
             seq: 0,
             accepted: now.own,
-            started: None,
+            is_running: false,
+            was_suspended: false,
+            since: now.own,
+            waited: Duration::ZERO,
+            served: Duration::ZERO,
             offset: 0,
             stop: None,
         }
@@ -121,12 +131,25 @@ impl Job {
     }
 
     pub fn is_running(&self) -> bool {
-        self.started.is_some()
+        self.is_running
     }
 
     /// It left the queue for the model.
     pub fn start(&mut self, now: Now) {
-        self.started = Some(now.own);
+        self.waited += now.own.saturating_sub(self.since);
+        (self.is_running, self.since) = (true, now.own);
+    }
+
+    /// It left the model for the queue.
+    pub fn suspend(&mut self, now: Now) {
+        self.served = self.service(now);
+        (self.is_running, self.since) = (false, now.own);
+        self.was_suspended = true;
+    }
+
+    /// Whether it went back to the queue once.
+    pub fn was_suspended(&self) -> bool {
+        self.was_suspended
     }
 
     /// Time since it was accepted.
@@ -136,8 +159,8 @@ impl Job {
 
     /// Time in the model so far.
     pub fn service(&self, now: Now) -> Duration {
-        self.started
-            .map_or(Duration::ZERO, |at| now.own.saturating_sub(at))
+        let running = self.is_running.then(|| now.own.saturating_sub(self.since));
+        self.served + running.unwrap_or_default()
     }
 
     /// The next event of this run.
@@ -159,7 +182,7 @@ impl Job {
     }
 
     /// The body of the final event.
-    pub fn outcome(&self, now: Now, outcome: Outcome) -> Body {
+    pub fn outcome(&self, outcome: Outcome) -> Body {
         match outcome {
             Outcome::Failed(refusal) => Body::Failed(refusal),
             Outcome::Done { product, .. } if product.text.len() > ANSWER_BYTES_MAX => too_large(),
@@ -168,7 +191,7 @@ impl Job {
                 product,
                 provenance,
             } => {
-                let timing = self.timing(now, &product);
+                let timing = self.timing(&product);
                 Body::Done {
                     text: product.text,
                     finish,
@@ -181,7 +204,7 @@ impl Job {
         }
     }
 
-    fn timing(&self, now: Now, product: &Product) -> Timing {
+    fn timing(&self, product: &Product) -> Timing {
         let seconds = product.decode.as_secs_f64();
         let rate = if seconds > 0.0 {
             // The first token is the prefill's.
@@ -190,11 +213,7 @@ impl Job {
             0.0
         };
         Timing {
-            queue_ms: self
-                .started
-                .unwrap_or(now.own)
-                .saturating_sub(self.accepted)
-                .as_millis() as u64,
+            queue_ms: self.waited.as_millis() as u64,
             prefill_ms: product.prefill.as_millis() as u64,
             decode_ms: product.decode.as_millis() as u64,
             tokens_per_s: (rate * 100.0).round() / 100.0,

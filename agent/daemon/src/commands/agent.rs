@@ -117,6 +117,9 @@ impl Work for Prepared {
     fn tokens_max(&self) -> usize {
         Prepared::tokens_max(self)
     }
+    fn kv_tokens(&self) -> usize {
+        Prepared::kv_tokens(self)
+    }
 }
 
 impl Prepare for Preparer {
@@ -137,6 +140,9 @@ impl Brain for Engine {
     }
     fn cancel(&mut self, slot: Slot) -> Completion {
         Engine::cancel(self, slot)
+    }
+    fn suspend(&mut self, slot: Slot) -> (Prepared, Completion) {
+        Engine::suspend(self, slot)
     }
     fn is_idle(&self) -> bool {
         Engine::is_idle(self)

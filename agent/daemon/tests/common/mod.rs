@@ -6,6 +6,7 @@ use millwright::card::Model;
 use millwright::config::Config;
 use millwright::worker::{Brain, Load, Prepare, Work};
 use millwright_engine::{Completion, Event, Finish, Prompt, Reads, Request, RequestError};
+use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -134,19 +135,22 @@ impl Listener {
     }
 
     /// The next event called `name` (or state), skipping others.
-    pub(crate) fn expect(&self, name: &str) -> serde_json::Value {
+    pub(crate) fn expect(&self, name: &str) -> Value {
         let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            let line = self
-                .lines
-                .recv_timeout(end.saturating_duration_since(Instant::now()));
-            let line = line.unwrap_or_else(|_| panic!("no {name} came"));
-            let json: serde_json::Value =
-                serde_json::from_str(line.split_once(' ').unwrap().1).unwrap();
+        while Instant::now() < end {
+            let json = self.event();
             if json["event"] == name || json["state"] == name {
                 return json;
             }
         }
+        panic!("no {name} came")
+    }
+
+    /// The next event or state.
+    pub(crate) fn event(&self) -> Value {
+        let line = self.lines.recv_timeout(Duration::from_secs(20));
+        let line = line.expect("something is said");
+        serde_json::from_str(line.split_once(' ').unwrap().1).unwrap()
     }
 }
 
@@ -251,7 +255,8 @@ fn mind(step: Duration) -> Mind<Parrot, Words> {
 }
 
 pub(crate) struct Words;
-pub(crate) struct Lines(Vec<String>, usize);
+/// Words to say again and again, how many, and what was said of them before.
+pub(crate) struct Lines(Vec<String>, usize, String, usize);
 
 impl Work for Lines {
     fn prompt_tokens(&self) -> usize {
@@ -259,6 +264,9 @@ impl Work for Lines {
     }
     fn tokens_max(&self) -> usize {
         self.0.len() + self.1
+    }
+    fn kv_tokens(&self) -> usize {
+        self.tokens_max()
     }
 }
 
@@ -269,6 +277,8 @@ impl Prepare for Words {
             Prompt::Text(text) => Ok(Lines(
                 text.split_inclusive(' ').map(str::to_owned).collect(),
                 request.max_tokens,
+                String::new(),
+                0,
             )),
             Prompt::Chat(_) | Prompt::Tokens(_) => Err(RequestError::NoTemplate),
         }
@@ -277,18 +287,27 @@ impl Prepare for Words {
 
 pub(crate) struct Parrot {
     step: Duration,
-    running: Vec<(u32, Lines, String, usize)>,
+    running: Vec<(u32, Lines)>,
     next: u32,
 }
 
-fn completion(work: &Lines, text: String, tokens: usize, finish: Finish) -> Completion {
+fn completion(work: &Lines, finish: Finish) -> Completion {
+    let Lines(words, _, text, tokens) = work;
     Completion {
-        text,
-        tokens: vec![0; tokens],
+        text: text.clone(),
+        tokens: vec![0; *tokens],
         finish,
-        prompt_tokens: work.0.len(),
+        prompt_tokens: words.len(),
         prefill: Duration::from_millis(1),
-        decode: Duration::from_millis(tokens as u64),
+        decode: Duration::from_millis(*tokens as u64),
+    }
+}
+
+impl Parrot {
+    fn take(&mut self, slot: u32) -> Lines {
+        let mut running = self.running.iter();
+        let at = running.position(|r| r.0 == slot).expect("a running slot");
+        self.running.remove(at).1
     }
 }
 
@@ -297,39 +316,36 @@ impl Brain for Parrot {
     type Slot = u32;
     fn start(&mut self, work: Lines) -> Result<u32, Lines> {
         self.next += 1;
-        self.running.push((self.next, work, String::new(), 0));
+        self.running.push((self.next, work));
         Ok(self.next)
     }
     fn step(&mut self) -> Result<Vec<(u32, Event)>, String> {
         std::thread::sleep(self.step);
         let mut events = vec![];
-        self.running.retain_mut(|(slot, work, text, tokens)| {
+        self.running.retain_mut(|(slot, work)| {
+            let Lines(words, most, text, tokens) = work;
             if *tokens == 0 {
                 events.push((*slot, Event::Started));
             }
-            let word = work.0[*tokens % work.0.len()].clone();
+            let word = words[*tokens % words.len()].clone();
             text.push_str(&word);
             *tokens += 1;
             events.push((*slot, Event::Text(word)));
-            if *tokens < work.1 {
+            if *tokens < *most {
                 return true;
             }
-            events.push((
-                *slot,
-                Event::Done(completion(work, text.clone(), *tokens, Finish::Length)),
-            ));
+            events.push((*slot, Event::Done(completion(work, Finish::Length))));
             false
         });
         Ok(events)
     }
     fn cancel(&mut self, slot: u32) -> Completion {
-        let at = self
-            .running
-            .iter()
-            .position(|r| r.0 == slot)
-            .expect("a running slot");
-        let (_, work, text, tokens) = self.running.remove(at);
-        completion(&work, text, tokens, Finish::Cancelled)
+        completion(&self.take(slot), Finish::Cancelled)
+    }
+    fn suspend(&mut self, slot: u32) -> (Lines, Completion) {
+        let work = self.take(slot);
+        let partial = completion(&work, Finish::Cancelled);
+        (work, partial)
     }
     fn is_idle(&self) -> bool {
         self.running.is_empty()

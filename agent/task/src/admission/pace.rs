@@ -9,6 +9,8 @@ pub struct Size {
     pub prompt_tokens: usize,
     /// At most.
     pub answer_tokens: usize,
+    /// What of the model's cache it holds while it runs, in tokens.
+    pub kv_tokens: usize,
 }
 
 /// Moving averages; each new task counts a quarter.
@@ -93,6 +95,7 @@ mod tests {
         Size {
             prompt_tokens,
             answer_tokens,
+            kv_tokens: prompt_tokens + answer_tokens,
         }
     }
 

@@ -74,11 +74,21 @@ impl<W> Queue<W> {
         now: Duration,
         ticket: Ticket,
         task: &Task,
-        (work, size): (W, Size),
+        work: (W, Size),
         service: Duration,
     ) -> Turn {
         let turn = self.turn(now, task);
         let until = self.begin(now, task) + service.as_millis() as i64;
+        self.insert((turn, ticket), task, work, until);
+        turn
+    }
+
+    /// Puts a task back into the turn that it had. Its sender's others had theirs beside it, and do.
+    pub(super) fn put_back(&mut self, turn: Turn, ticket: Ticket, task: &Task, work: (W, Size)) {
+        self.insert((turn, ticket), task, work, 0);
+    }
+
+    fn insert(&mut self, place: (Turn, Ticket), task: &Task, (work, size): (W, Size), until: i64) {
         self.bytes += task.bytes;
         let waiting = Waiting {
             work,
@@ -88,8 +98,13 @@ impl<W> Queue<W> {
             bytes: task.bytes,
             until,
         };
-        self.waiting.insert((turn, ticket), waiting);
-        turn
+        self.waiting.insert(place, waiting);
+    }
+
+    /// The next one to run: its turn, its priority and its size.
+    pub(super) fn first(&self) -> Option<(Turn, u8, Size)> {
+        let ((turn, _), waiting) = self.waiting.first_key_value()?;
+        Some((*turn, waiting.priority, waiting.size))
     }
 
     /// The next one to run.

@@ -29,6 +29,7 @@ fn rules() -> Rules {
         queue_tasks_max: 2,
         queue_bytes_max: 1000,
         slots: 1,
+        kv_tokens_max: 1000,
         deadline_max: Duration::from_secs(100),
         window: Window {
             age_max: Duration::from_secs(1000),
@@ -87,6 +88,7 @@ fn work() -> ((), Size) {
     let size = Size {
         prompt_tokens: 1,
         answer_tokens: 9,
+        kv_tokens: 10,
     };
     ((), size)
 }
@@ -496,6 +498,180 @@ fn low_priority_is_late_and_never_starves() {
     assert!((130..=140).contains(&waited), "{waited}");
 }
 
+fn started(gate: &mut Admission<()>, now: u64) -> Ticket {
+    gate.next(at(now)).unwrap().0
+}
+
+#[test]
+fn a_higher_priority_takes_the_slot_of_a_lower_one_and_gives_it_back() {
+    let mut gate = Admission::new(roomy());
+    accepted(offer(&mut gate, 0, of("mes", "low", 4)).0);
+    let low = started(&mut gate, 0);
+    gate.text(at(1), low, "one ".into());
+    accepted(offer(&mut gate, 1, of("mes", "same", 4)).0);
+    assert_eq!(gate.yielding(), None, "not for one like it");
+    let high = accepted(offer(&mut gate, 2, of("ops", "high", 6)).0);
+    assert_eq!(gate.yielding(), Some(low));
+    assert_eq!(gate.yielding(), None, "one is enough, and is told once");
+    assert!(gate.next(at(2)).is_none(), "it has its slot until then");
+    let product = Product {
+        text: "one ".into(),
+        ..Product::default()
+    };
+    let waits = Some(Suspended::Waiting { begun: 0 });
+    assert_eq!(gate.suspend(at(2), low, (), product.clone()), waits);
+    assert_eq!(started(&mut gate, 2), high);
+    gate.finish(at(10), high, done("")).unwrap();
+    // Before those that came later, and where it was.
+    assert_eq!(gate.next(at(10)), Some((low, (), 1)));
+    let (delta, _) = gate.text(at(10), low, "two".into());
+    let offset = |post: Post| match body(&post) {
+        Body::Delta { offset, .. } => offset,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(offset(delta.unwrap()), 4);
+    let last = gate.finish(at(12), low, done("one two")).unwrap();
+    assert!(matches!(body(&last), Body::Done { timing, .. } if timing.queue_ms == 8000));
+}
+
+#[test]
+fn one_that_was_put_aside_ends_with_what_it_has() {
+    let part = |text: &str| Product {
+        text: text.into(),
+        ..Product::default()
+    };
+    let text = |post: &Post| match body(post) {
+        Body::Cancelled(partial) | Body::Expired(partial) => partial.text,
+        other => panic!("{other:?}"),
+    };
+    let yielding = |gate: &mut Admission<()>| {
+        let seconds = Duration::from_secs(30);
+        let low = Task {
+            deadline: seconds,
+            ..of("mes", "low", 4)
+        };
+        accepted(offer(gate, 0, low).0);
+        let low = started(gate, 0);
+        accepted(offer(gate, 0, of("ops", "high", 6)).0);
+        assert_eq!(gate.yielding(), Some(low));
+        low
+    };
+    let mut gate = Admission::new(roomy());
+    let low = yielding(&mut gate);
+    gate.suspend(at(1), low, (), part("half")).unwrap();
+    match gate.cancel(at(2), &key("low"), &reply("x")) {
+        Cancelled::Waiting(post) => assert_eq!(text(&post), "half"),
+        other => panic!("{other:?}"),
+    }
+    let mut gate = Admission::new(roomy());
+    let low = yielding(&mut gate);
+    gate.suspend(at(1), low, (), part("half")).unwrap();
+    assert_eq!(text(&gate.tick(at(30)).posts[0]), "half");
+    // Cancelled after it was told and before it was heard.
+    let mut gate = Admission::new(roomy());
+    let low = yielding(&mut gate);
+    let cancelled = gate.cancel(at(0), &key("low"), &reply("x"));
+    assert_eq!(cancelled, Cancelled::Running(low));
+    match gate.suspend(at(1), low, (), part("half")) {
+        Some(Suspended::Ended(post)) => assert_eq!(text(&post), "half"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(gate.suspend(at(1), low, (), part("")), None);
+}
+
+#[test]
+fn a_stream_of_higher_ones_holds_none_up_for_ever() {
+    let mut gate = Admission::new(roomy());
+    accepted(offer(&mut gate, 0, of("mes", "low", 5)).0);
+    let low = started(&mut gate, 0);
+    let (mut had, mut now) = (0, 0);
+    while had < 10 {
+        now += 1;
+        accepted(offer(&mut gate, now, of(&format!("s{now}"), "high", 7)).0);
+        if let Some(ticket) = gate.yielding() {
+            gate.suspend(at(now), ticket, (), Product::default())
+                .unwrap();
+        }
+        match gate.next(at(now)) {
+            None => had += 1,
+            Some((ticket, ..)) if ticket == low => had += 1,
+            Some((ticket, ..)) => drop(gate.finish(at(now), ticket, done("")).unwrap()),
+        }
+        assert!(now < 60, "it had {had} of its ten seconds");
+    }
+    // Two steps of priority are thirty seconds.
+    assert!(now > 30);
+}
+
+#[test]
+fn as_many_give_way_as_are_needed_and_none_in_vain() {
+    let sized = |gate: &mut Admission<()>, id: &str, priority, kv_tokens| {
+        let size = Size {
+            kv_tokens,
+            ..work().1
+        };
+        let (decision, _) = gate.offer(at(0), of(id, id, priority), |_| Ok(((), size)));
+        accepted(decision)
+    };
+    let gate = |kept: u8| {
+        let mut gate = Admission::new(Rules {
+            slots: 4,
+            ..roomy()
+        });
+        for (id, priority) in [("a", 3), ("b", 3), ("c", kept)] {
+            sized(&mut gate, id, priority, 300);
+            started(&mut gate, 0);
+        }
+        gate
+    };
+    // A slot is free, and the cache is not: one of 400 needs one of them, 600 two, 900 all.
+    for (kv_tokens, kept, wanted) in [
+        (100, 3, 0),
+        (400, 3, 1),
+        (600, 3, 2),
+        (900, 3, 3),
+        (900, 8, 0),
+    ] {
+        let mut gate = gate(kept);
+        sized(&mut gate, "high", 8, kv_tokens);
+        let yielding: Vec<_> = std::iter::from_fn(|| gate.yielding()).collect();
+        assert_eq!(yielding.len(), wanted, "{kv_tokens} beside {kept}");
+        if wanted > 0 {
+            assert!(gate.next(at(0)).is_none());
+        }
+        for ticket in yielding {
+            gate.suspend(at(0), ticket, (), Product::default()).unwrap();
+        }
+        assert_eq!(gate.next(at(0)).is_some(), kept == 3);
+    }
+}
+
+#[test]
+fn only_so_many_are_put_aside() {
+    let slots = limits::SUSPENDED_TASKS_MAX + 2;
+    let mut gate = Admission::new(Rules { slots, ..roomy() });
+    for i in 0..slots {
+        accepted(offer(&mut gate, 0, of("mes", &format!("m{i}"), 3)).0);
+        started(&mut gate, 0);
+    }
+    for i in 0..slots {
+        accepted(offer(&mut gate, 0, of("ops", &format!("o{i}"), 8)).0);
+    }
+    let mut aside = 0;
+    loop {
+        let yielding: Vec<_> = std::iter::from_fn(|| gate.yielding()).collect();
+        if yielding.is_empty() {
+            break;
+        }
+        for ticket in yielding {
+            gate.suspend(at(0), ticket, (), Product::default()).unwrap();
+            aside += 1;
+        }
+        while gate.next(at(0)).is_some() {}
+    }
+    assert_eq!(aside, limits::SUSPENDED_TASKS_MAX);
+}
+
 #[test]
 fn one_sender_takes_its_share_of_the_bytes_and_no_more() {
     let mut gate = Admission::new(roomy());
@@ -659,6 +835,10 @@ enum Op {
     Cancel(u8),
     Next,
     Finish(bool),
+    /// One is told to give way.
+    Yield,
+    /// The model put one aside that was told to.
+    Suspend,
     Pass(u64),
     /// The answer outgrows its bound.
     Outgrow,
@@ -672,6 +852,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (0u8..12).prop_map(Op::Cancel),
         4 => Just(Op::Next),
         4 => any::<bool>().prop_map(Op::Finish),
+        3 => Just(Op::Yield),
+        3 => Just(Op::Suspend),
         3 => (0u64..20).prop_map(Op::Pass),
         1 => Just(Op::Outgrow),
         1 => (0u8..5).prop_map(|n| Op::Restart(n > 0)),
@@ -687,6 +869,7 @@ struct Life {
     open: HashMap<String, Kept>,
     finals: Vec<(Key, Recalled)>,
     running: Vec<Ticket>,
+    yielding: Vec<Ticket>,
 }
 
 impl Life {
@@ -698,6 +881,7 @@ impl Life {
             open: HashMap::new(),
             finals: Vec::new(),
             running: Vec::new(),
+            yielding: Vec::new(),
         }
     }
 
@@ -722,6 +906,16 @@ impl Life {
                     assert!(self.gate.finish(at(self.now), ticket, done("x")).is_none());
                 }
             }
+            Op::Yield => {
+                let more = self.gate.yielding();
+                assert!(more.is_none_or(|ticket| !self.yielding.contains(&ticket)));
+                self.yielding.extend(more);
+            }
+            Op::Suspend => {
+                if let Some(ticket) = self.yielding.pop() {
+                    self.suspend(ticket);
+                }
+            }
             Op::Pass(seconds) => {
                 self.now += seconds;
                 let due = self.gate.tick(at(self.now));
@@ -735,6 +929,25 @@ impl Life {
                 }
             }
             Op::Restart(takes) => self.restart(takes),
+        }
+    }
+
+    /// Or it was done before the model heard of it.
+    fn suspend(&mut self, ticket: Ticket) {
+        let ran = self.running.len();
+        self.running.retain(|running| *running != ticket);
+        let is_stopping = self.gate.job(ticket).is_some_and(|job| job.stop.is_some());
+        let product = Product::default();
+        match self.gate.suspend(at(self.now), ticket, (), product) {
+            None => assert_eq!(self.running.len(), ran),
+            Some(Suspended::Ended(post)) => {
+                assert!(is_stopping);
+                self.end(&post);
+            }
+            Some(Suspended::Waiting { begun }) => {
+                assert!(!is_stopping);
+                self.kept(ticket).begun = begun;
+            }
         }
     }
 
@@ -795,6 +1008,7 @@ impl Life {
         let now = at(self.now);
         self.gate = Admission::new(self.rules.clone());
         self.running.clear();
+        self.yielding.clear();
         for (key, recalled) in self.finals.clone() {
             self.gate.recall(now, key, recalled);
         }
@@ -861,13 +1075,15 @@ fn the_map_shows_the_transitions_that_there_are() {
         (seed >> 33) % below
     };
     for _ in 0..40_000 {
-        let op = match random(16) {
+        let op = match random(20) {
             0..5 => Op::Offer(random(6) as u8, random(10) as u8, 1 + random(40)),
             5..7 => Op::Cancel(random(6) as u8),
             7..10 => Op::Next,
             10..12 => Op::Finish(random(2) == 0),
             12 | 13 => Op::Pass(random(6)),
             14 => Op::Outgrow,
+            15 | 16 => Op::Yield,
+            17 | 18 => Op::Suspend,
             _ => Op::Restart(random(6) > 0),
         };
         let before = IDS.map(|id| life.state(id));
