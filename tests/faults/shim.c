@@ -5,6 +5,7 @@
  * FAULTS_CONTROL names a file of 64-bit integers, shared with the suite (tests/src/faults/shim.rs has the same order).
  * FAULTS_UNDO names a file that gets, before each write, what it overwrites, and a mark at each good fsync: with it the
  * suite takes back what a power cut would have lost.
+ * FAULTS_SENSORS names a folder of what the kernel is to say: proc_pressure_memory in the place of /proc/pressure/memory.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,6 +13,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,6 +45,7 @@ static volatile int64_t *control = nothing;
 static int undo = -1;
 static const char *below;
 static size_t below_length;
+static const char *sensors;
 
 __attribute__((constructor)) static void begin(void) {
     const char *path = getenv("FAULTS_CONTROL");
@@ -58,7 +61,34 @@ __attribute__((constructor)) static void begin(void) {
         undo = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
     below = getenv("FAULTS_BELOW");
     below_length = below ? strlen(below) : 0;
+    sensors = getenv("FAULTS_SENSORS");
 }
+
+static int opened(const char *path, int flags, mode_t mode) {
+    char other[PATH_MAX];
+    if (sensors && (strncmp(path, "/proc/", 6) == 0 || strncmp(path, "/sys/", 5) == 0)) {
+        int begin = snprintf(other, sizeof other, "%s/", sensors);
+        snprintf(other + begin, sizeof other - begin, "%s", path + 1);
+        for (char *c = other + begin; *c; c++)
+            if (*c == '/')
+                *c = '_';
+        if (access(other, R_OK) == 0)
+            path = other;
+    }
+    return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+#define OPEN(name)                                                                                                     \
+    int name(const char *path, int flags, ...) {                                                                       \
+        va_list rest;                                                                                                  \
+        va_start(rest, flags);                                                                                         \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                                        \
+        va_end(rest);                                                                                                  \
+        return opened(path, flags, mode);                                                                              \
+    }
+
+OPEN(open)
+OPEN(open64)
 
 static int concerned(int fd) {
     char link[32], path[PATH_MAX];

@@ -1,6 +1,7 @@
 //! What needs somebody to look: raised when it begins, cleared when it is over. Each alarm has a retained topic of its
 //! own. Knows neither the broker nor what its causes mean.
 
+use millwright_task::pressure::Cause;
 use millwright_task::{Now, calendar};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,10 +19,20 @@ pub enum Alarm {
     Subscription,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
+    /// The machine is hard pressed, and the agent does less.
+    Pressed(Cause),
 }
 
 impl Alarm {
-    pub const ALL: [Self; 3] = [Self::Journal, Self::Subscription, Self::Undeliverable];
+    pub const ALL: [Self; 7] = [
+        Self::Journal,
+        Self::Subscription,
+        Self::Undeliverable,
+        Self::Pressed(Cause::Temperature),
+        Self::Pressed(Cause::Throttling),
+        Self::Pressed(Cause::Memory),
+        Self::Pressed(Cause::Stall),
+    ];
 
     /// Its topic's last level.
     pub fn name(self) -> &'static str {
@@ -29,6 +40,10 @@ impl Alarm {
             Self::Journal => "journal",
             Self::Subscription => "subscription",
             Self::Undeliverable => "undeliverable",
+            Self::Pressed(Cause::Temperature) => "temperature",
+            Self::Pressed(Cause::Throttling) => "throttling",
+            Self::Pressed(Cause::Memory) => "memory",
+            Self::Pressed(Cause::Stall) => "stall",
         }
     }
 }
@@ -70,6 +85,10 @@ impl Alarms {
         raised.times += 1;
         reason.clone_into(&mut raised.reason);
         self.unsaid.insert(alarm);
+    }
+
+    pub fn is_raised(&self, alarm: Alarm) -> bool {
+        self.raised.contains_key(&alarm)
     }
 
     pub fn clear(&mut self, alarm: Alarm) {

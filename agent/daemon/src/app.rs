@@ -19,6 +19,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long a lost connection may come back before the plant is told.
 const WILL_DELAY: Duration = Duration::from_secs(10);
+/// How often it is looked whether the machine is hard pressed.
+const LOOK: Duration = Duration::from_secs(5);
 /// What the goodbye may take.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -111,7 +113,13 @@ where
                 Some(news) => agent.on_written(news),
                 None => break Err(anyhow!("the journal's thread died; the log above says of what")),
             },
-            Some(machine) = health.recv() => { let load = *load.borrow(); agent.say_health(&machine, load); }
+            Some((machine, is_due)) = health.recv() => {
+                agent.watch(&machine);
+                if is_due {
+                    let load = *load.borrow();
+                    agent.say_health(&machine, load);
+                }
+            }
             _ = &mut poller => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
             () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick(),
@@ -163,11 +171,12 @@ async fn until(phase: Phase) {
     }
 }
 
-/// Looks at the machine in the background. Ends with its receiver.
-fn health(state_dir: PathBuf, interval: Duration) -> mpsc::Receiver<Machine> {
+/// Looks at the machine in the background, and says whether a sample is due. Ends with its receiver.
+fn health(state_dir: PathBuf, interval: Duration) -> mpsc::Receiver<(Machine, bool)> {
     let (samples, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         let mut probe = None;
+        let mut due = Instant::now();
         while !samples.is_closed() {
             let dir = state_dir.clone();
             let look = move |probe: Option<Probe>| {
@@ -180,10 +189,15 @@ fn health(state_dir: PathBuf, interval: Duration) -> mpsc::Receiver<Machine> {
                 return;
             };
             probe = Some(used);
-            if samples.send(machine).await.is_err() {
+            let now = Instant::now();
+            let is_due = now >= due;
+            if is_due {
+                due = now + interval;
+            }
+            if samples.send((machine, is_due)).await.is_err() {
                 return;
             }
-            sleep(interval).await;
+            sleep_until(due.min(now + LOOK)).await;
         }
     });
     receiver

@@ -26,6 +26,8 @@ pub struct Config {
     pub drain_grace: Duration,
     pub health_interval: Duration,
     pub clock: Trust,
+    /// °C at which the board throttles, where it is to be another than the sensor's own.
+    pub temperature_limit: Option<f32>,
 }
 
 /// Where this gateway is.
@@ -110,6 +112,12 @@ impl Config {
             raw.agent.drain_grace_s <= 3600,
             "agent.drain_grace_s must be at most 3600"
         );
+        if let Some(limit) = raw.agent.temperature_limit_c {
+            ensure!(
+                (40.0..=150.0).contains(&limit),
+                "agent.temperature_limit_c must be 40 to 150"
+            );
+        }
         if let Some(slots) = raw.model.slots {
             let most = limits::RUNNING_TASKS_MAX;
             ensure!(
@@ -127,6 +135,7 @@ impl Config {
             drain_grace: Duration::from_secs(raw.agent.drain_grace_s),
             health_interval: Duration::from_secs(raw.agent.health_interval_s),
             clock: raw.agent.clock,
+            temperature_limit: raw.agent.temperature_limit_c,
         })
     }
 }
@@ -212,6 +221,7 @@ struct RawAgent {
     drain_grace_s: u64,
     health_interval_s: u64,
     clock: Trust,
+    temperature_limit_c: Option<f32>,
 }
 
 impl Default for RawAgent {
@@ -220,6 +230,7 @@ impl Default for RawAgent {
             drain_grace_s: 10,
             health_interval_s: 10,
             clock: Trust::Auto,
+            temperature_limit_c: None,
         }
     }
 }

@@ -2,6 +2,7 @@
 //! Waits for nothing: every call returns at once, and [`Dispatcher::pump`] moves on what can move. What is noted in the
 //! journal is on disk before anybody sees it: events and acknowledgements wait for that.
 
+mod easing;
 mod keeping;
 mod sayings;
 
@@ -20,6 +21,7 @@ use millwright_engine::{Completion, Finish};
 use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size, Suspended};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, INBOX_MESSAGES_MAX, SEED_MAX};
+use millwright_task::pressure::{Governor, Level};
 use millwright_task::recall::{Gone, Window};
 use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -60,6 +62,11 @@ pub struct Dispatcher<P: Prepare> {
     goodbye: Option<(State, String)>,
     tally: Tally,
     alarms: Alarms,
+    governor: Governor,
+    /// Why the machine is hard pressed, as of the last change of the level.
+    hardship: String,
+    /// The level that the model was last told.
+    told: Level,
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
     seeds: HashMap<Ticket, u64>,
@@ -111,6 +118,9 @@ impl<P: Prepare> Dispatcher<P> {
             goodbye: None,
             tally: Tally::default(),
             alarms: Alarms::default(),
+            governor: Governor::default(),
+            hardship: String::new(),
+            told: Level::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
             stopping: HashSet::new(),
@@ -461,6 +471,7 @@ impl<P: Prepare> Dispatcher<P> {
             self.note(Change::Begun { ticket, times });
             let _ = self.parts.commands.try_send(Command::Start(ticket, work));
         }
+        self.tell_level();
         if !self.is_draining {
             while let Some(ticket) = self.admission.yielding() {
                 let _ = self.parts.commands.try_send(Command::Suspend(ticket));

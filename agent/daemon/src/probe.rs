@@ -1,5 +1,6 @@
 //! How the machine is. Reads sensors; a sensor that isn't there is null, never 0. Judges nothing.
 
+use millwright_task::pressure::Reading;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use sysinfo::{
@@ -9,6 +10,9 @@ use sysinfo::{
 
 /// Where a Raspberry Pi's firmware says whether it throttles.
 const THROTTLED: &str = "/sys/devices/platform/soc/soc:firmware/get_throttled";
+
+/// °C at which a board is taken to throttle that doesn't say it.
+const TEMPERATURE_LIMIT: f32 = 85.0;
 
 /// One look at the machine. Bytes are bytes, temperatures °C, times seconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -29,6 +33,24 @@ pub struct Machine {
     uptime_s: Option<u64>,
     network_received: Option<u64>,
     network_sent: Option<u64>,
+}
+
+impl Machine {
+    /// What may make the agent step back. `limit` is the board's, where it is configured.
+    pub fn reading(&self, limit: Option<f32>) -> Reading {
+        let limit = limit
+            .or(self.temperature_limit)
+            .unwrap_or(TEMPERATURE_LIMIT);
+        let memory = self.memory_available.zip(self.memory_used);
+        Reading {
+            temperature: self.temperature.map(|degrees| (degrees, limit)),
+            throttling: self.throttling_now,
+            memory_available: memory
+                .map(|(free, used)| free as f32 / (free.saturating_add(used)).max(1) as f32),
+            memory_stall: self.pressure.memory,
+            io_stall: self.pressure.io,
+        }
+    }
 }
 
 /// Pressure stall: the share of the last ten seconds in which some task waited, in percent.

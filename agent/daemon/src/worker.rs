@@ -5,12 +5,16 @@ use anyhow::Context;
 use millwright_engine::{Completion, Event, Reads, Request, RequestError};
 use millwright_task::job::Ticket;
 use millwright_task::limits::{RUNNING_TASKS_MAX, WORKER_EVENTS_MAX};
+use millwright_task::pressure::Level;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::error::{TryRecvError, TrySendError};
 use tokio::sync::{mpsc, watch};
+
+/// Levels that wait for a step's end; the next is told when there is room.
+const LEVELS_MAX: usize = 4;
 
 /// A task in the model's own form.
 pub trait Work: Send + 'static {
@@ -39,6 +43,8 @@ pub trait Brain: Send + 'static {
     fn cancel(&mut self, slot: Self::Slot) -> Completion;
     /// Puts a task aside, to be started again later; and what was produced until now.
     fn suspend(&mut self, slot: Self::Slot) -> (Self::Work, Completion);
+    /// Takes less of the machine from now on, or all that it may again.
+    fn ease(&mut self, level: Level);
     fn is_idle(&self) -> bool;
     fn load(&self) -> Load;
 }
@@ -56,6 +62,7 @@ pub enum Command<W> {
     Start(Ticket, W),
     Stop(Ticket),
     Suspend(Ticket),
+    Ease(Level),
 }
 
 /// What the worker tells.
@@ -80,8 +87,8 @@ pub struct Worker<W> {
 
 /// Moves the model onto its thread.
 pub fn spawn<B: Brain>(brain: B) -> anyhow::Result<Worker<B::Work>> {
-    // A start, a stop and a word to give way for each task that runs: a send never finds it full.
-    let (commands, commands_rx) = mpsc::channel(3 * RUNNING_TASKS_MAX);
+    // A start, a stop and a word to give way for each task that runs: a send never finds it full. Beside them, levels.
+    let (commands, commands_rx) = mpsc::channel(3 * RUNNING_TASKS_MAX + LEVELS_MAX);
     let (reports_tx, reports) = mpsc::channel(WORKER_EVENTS_MAX);
     let (load_tx, load) = watch::channel(brain.load());
     let bench = Bench {
@@ -150,6 +157,7 @@ impl<B: Brain> Bench<B> {
     fn obey(&mut self, command: Command<B::Work>) -> Result<(), Gone> {
         match command {
             Command::Start(ticket, work) => self.waiting.push_back((ticket, work)),
+            Command::Ease(level) => self.brain.ease(level),
             // Where neither is so it finished while the command was on its way, and its report was sent before.
             Command::Stop(ticket) => {
                 if let Some(slot) = self.slot(ticket) {

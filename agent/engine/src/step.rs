@@ -108,6 +108,8 @@ pub struct Engine {
     slots: Vec<Option<Sequence>>,
     prefill_chunk: usize,
     threads: Threads,
+    /// How many of the four quarters of both are used.
+    quarters: usize,
     packed_bytes: usize,
     bytes_per_token: usize,
     /// Steps done.
@@ -194,6 +196,7 @@ impl Engine {
             vocab: model.vocab,
             slots: (0..model.slots).map(|_| None).collect(),
             prefill_chunk: options.prefill_chunk,
+            quarters: 4,
             threads: model.card.threads,
             card: model.card,
             packed_bytes: model.packed_bytes,
@@ -336,6 +339,16 @@ impl Engine {
         (prepared, completion)
     }
 
+    /// Uses so many quarters of its threads and of a step's room for prompts from now on, 1 to 4: to spare a machine that is
+    /// hard pressed. The tokens stay the same.
+    pub fn ease(&mut self, quarters: usize) {
+        self.quarters = quarters.clamp(1, 4);
+    }
+
+    fn eased(&self, whole: usize) -> usize {
+        (whole * self.quarters / 4).max(1)
+    }
+
     /// Has the parts of each step told to this one from now on: for measuring.
     pub fn observe(&mut self, observer: Box<dyn Observer>) {
         self.forward.observe(observer);
@@ -352,8 +365,8 @@ impl Engine {
         }
         self.logits.clear();
         let threads = match prompts {
-            0 => self.threads.decode,
-            _ => self.threads.prefill,
+            0 => self.eased(self.threads.decode),
+            _ => self.eased(self.threads.prefill),
         };
         self.forward
             .forward(&self.batch, threads, &mut self.logits)
@@ -442,7 +455,7 @@ impl Engine {
         }
         let answers = self.batch.rows.len();
         let prompts = self.prompts();
-        let even = self.prefill_chunk / prompts.len().max(1);
+        let even = self.eased(self.prefill_chunk) / prompts.len().max(1);
         for (slot, tokens) in prompts.into_iter().filter(|(_, tokens)| *tokens > 0) {
             if let Some(sequence) = &mut self.slots[slot] {
                 if tokens > even {
@@ -479,7 +492,7 @@ impl Engine {
             .collect();
         prompts.sort_unstable();
         let due: Vec<usize> = prompts.iter().map(|(.., due)| *due).collect();
-        let shares = share(self.prefill_chunk, &due);
+        let shares = share(self.eased(self.prefill_chunk), &due);
         let slots = prompts.into_iter().map(|(_, slot, _)| slot);
         slots.zip(shares).collect()
     }

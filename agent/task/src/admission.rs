@@ -14,6 +14,8 @@ pub use slots::Suspended;
 
 use crate::Now;
 use crate::job::{Job, Outcome, Post, Product, Stop, Ticket, stopped};
+use crate::limits::PRIORITY_DEFAULT;
+use crate::pressure::{CALM, Level};
 use crate::recall::{Recall, Recalled, Window};
 use crate::wire::{Body, Code, Event, Key, Partial, Refusal, Refused, Reply, Task, Usage};
 use overtaken::Overtaken;
@@ -112,6 +114,8 @@ pub struct Admission<W> {
     pace: Pace,
     runs: u64,
     closed: Option<Refusal>,
+    /// How far the agent has stepped back.
+    level: Level,
 }
 
 /// An accepted task that has not ended.
@@ -145,6 +149,7 @@ impl<W> Admission<W> {
             pace: Pace::default(),
             runs: 0,
             closed: None,
+            level: Level::default(),
         }
     }
 
@@ -268,6 +273,7 @@ impl<W> Admission<W> {
         if let Some(refusal) = &self.closed {
             return Err(refusal.clone());
         }
+        self.judge_level(task)?;
         let busy = |reason: String, limit: usize| {
             let refusal = Refusal::new(Code::Busy, reason).with_limit(limit as u64);
             // When a slot is free, and with it a place in the queue.
@@ -279,10 +285,10 @@ impl<W> Admission<W> {
                 ..refusal
             })
         };
-        let (tasks, bytes) = (self.rules.queue_tasks_max, self.rules.queue_bytes_max);
+        let (tasks, bytes) = (self.queue_tasks_max(), self.rules.queue_bytes_max);
         let (waiting, held) = (self.queue.len(), self.queue.bytes());
         // A free slot is room too: the queue may be configured to hold nothing.
-        let is_free = self.jobs.len() < self.rules.slots + tasks;
+        let is_free = self.jobs.len() < self.slots() + tasks;
         if waiting >= tasks && !is_free {
             let reason = format!("{waiting} tasks are waiting, as many as may");
             return busy(reason, tasks);
@@ -293,7 +299,7 @@ impl<W> Admission<W> {
         }
         let (own, own_bytes) = self.queue.held_by(&task.key.sender);
         let most = self.rules.share(&task.key.sender).tasks_max;
-        if own >= most && self.jobs.len() >= self.rules.slots {
+        if own >= most && self.jobs.len() >= self.slots() {
             let reason = format!("{own} tasks of this sender are waiting, as many as one may have");
             return busy(reason, most);
         }
@@ -303,6 +309,21 @@ impl<W> Admission<W> {
             return busy(reason, most);
         }
         Ok(())
+    }
+
+    /// Whether a machine that is hard pressed takes such a task.
+    fn judge_level(&self, task: &Task) -> Result<(), Refusal> {
+        let what = match self.level {
+            Level::Normal | Level::Eased => return Ok(()),
+            Level::Strained if task.priority >= PRIORITY_DEFAULT => return Ok(()),
+            Level::Strained => format!("tasks below priority {PRIORITY_DEFAULT}"),
+            Level::Critical => "new tasks".into(),
+        };
+        let reason = format!("the gateway is hard pressed and takes no {what}: see its state");
+        Err(Refusal {
+            retry_after_ms: Some(CALM.as_millis() as u64),
+            ..Refusal::new(Code::Busy, reason)
+        })
     }
 
     /// Whether a task can be done by its deadline, as far as is known.
@@ -332,7 +353,7 @@ impl<W> Admission<W> {
     fn admit(&mut self, now: Now, job: Job, begun: u32, work: (W, Size)) -> Post {
         let (ticket, size) = (job.ticket(), work.1);
         let service = self.pace.service(size).unwrap_or(Duration::from_secs(1));
-        let share = service / self.rules.slots.max(1) as u32;
+        let share = service / self.slots() as u32;
         let turn = self.queue.put(now.own, ticket, &job.task, work, share);
         let priority = job.task.priority;
         let mut held = Held {
@@ -438,6 +459,24 @@ impl<W> Admission<W> {
     /// Refuses new tasks with `refusal` from now on, or takes them again; what is here goes on.
     pub fn close(&mut self, refusal: Option<Refusal>) {
         self.closed = refusal;
+    }
+
+    /// Steps back, or does more again. What runs goes on.
+    pub fn ease(&mut self, level: Level) {
+        self.level = level;
+    }
+
+    /// Tasks that may run at the same time now.
+    fn slots(&self) -> usize {
+        self.level.of(self.rules.slots)
+    }
+
+    /// Tasks that may wait now.
+    fn queue_tasks_max(&self) -> usize {
+        match self.level {
+            Level::Normal | Level::Eased => self.rules.queue_tasks_max,
+            Level::Strained | Level::Critical => self.rules.queue_tasks_max / 2,
+        }
     }
 
     /// Whether a final event's text went before the event was delivered.
@@ -554,7 +593,7 @@ impl<W> Admission<W> {
     ) -> Option<Duration> {
         let running = self.jobs.values().filter(stays);
         let running = running.map(|held| (held.size, held.job.service(now)));
-        self.pace.finish(self.rules.slots, running, before, size)
+        self.pace.finish(self.slots(), running, before, size)
     }
 }
 

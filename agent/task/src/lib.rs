@@ -9,6 +9,7 @@ pub mod admission;
 pub mod calendar;
 pub mod job;
 pub mod limits;
+pub mod pressure;
 pub mod recall;
 pub mod topic;
 pub mod wire;

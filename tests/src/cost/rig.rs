@@ -3,7 +3,7 @@
 use super::Context;
 use super::SENDERS;
 use super::sender::{Pace, Seen, Sender};
-use crate::faults::shim::{Field, Shim};
+use crate::faults::{Field, Shim};
 use crate::process::file_system;
 use crate::{Agent, Broker, Client, Keeps, Setup, program};
 use std::os::unix::fs::MetadataExt as _;

@@ -15,11 +15,12 @@ mod network;
 mod oracle;
 mod proxy;
 mod request;
-pub(crate) mod shim;
+mod shim;
 pub mod soak;
 mod stage;
 mod suite;
 
+pub use shim::{ENOSPC, Field, Shim};
 pub use suite::{Options, run};
 
 use judge::Verdict;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use millwright_engine::{
     Completion, Engine, Event, Options, Prepared, Preparer, Request, RequestError, Slot, bandwidth,
 };
+use millwright_task::pressure::Level;
 use std::path::PathBuf;
 use std::thread;
 use tokio::signal::unix::{SignalKind, signal};
@@ -143,6 +144,9 @@ impl Brain for Engine {
     }
     fn suspend(&mut self, slot: Slot) -> (Prepared, Completion) {
         Engine::suspend(self, slot)
+    }
+    fn ease(&mut self, level: Level) {
+        Engine::ease(self, level.quarters());
     }
     fn is_idle(&self) -> bool {
         Engine::is_idle(self)

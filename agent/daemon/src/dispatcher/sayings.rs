@@ -8,6 +8,7 @@ use crate::journal::Mark;
 use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
 use crate::worker::{Load, Prepare};
+use millwright_task::pressure::Level;
 use millwright_task::wire::{self, Code, Format, Refusal, Reply};
 use serde_json::json;
 
@@ -71,7 +72,13 @@ impl<P: Prepare> Dispatcher<P> {
             let reason = "the broker refuses the subscription to tasks";
             return (State::Degraded, reason.into());
         }
-        (State::Online, String::new())
+        let level = self.governor.level();
+        let reason = format!("{}: {}", level.name(), self.hardship);
+        match level {
+            Level::Normal => (State::Online, String::new()),
+            Level::Eased => (State::Online, reason),
+            Level::Strained | Level::Critical => (State::Degraded, reason),
+        }
     }
 
     pub(super) fn say_state(&mut self) {
@@ -128,7 +135,7 @@ impl<P: Prepare> Dispatcher<P> {
             "gateway": self.parts.config.gateway.name,
             "at": millwright_task::calendar::format(now.wall_ms),
             "clock": if now.synced { "synced" } else { "unsynced" },
-            "machine": machine,
+            "machine": machine, "level": self.governor.level().name(),
             "queue": self.admission.waiting(), "running": self.admission.running(),
             "estimate_error": self.admission.estimate_error(),
             "counts": self.tally.counts(),

@@ -22,7 +22,7 @@ impl Work for Count {
 /// One slot; says when a step begins, and waits until it may end.
 struct Gated {
     running: Option<Count>,
-    steps: std_mpsc::Sender<()>,
+    steps: std_mpsc::SyncSender<()>,
     go: std_mpsc::Receiver<()>,
 }
 
@@ -43,13 +43,11 @@ impl Brain for Gated {
     type Work = Count;
     type Slot = ();
     fn start(&mut self, work: Count) -> Result<(), Count> {
-        match self.running {
-            Some(_) => Err(work),
-            None => {
-                self.running = Some(work);
-                Ok(())
-            }
+        if self.running.is_some() {
+            return Err(work);
         }
+        self.running = Some(work);
+        Ok(())
     }
     fn step(&mut self) -> Result<Vec<((), Event)>, String> {
         let _ = self.steps.send(());
@@ -73,6 +71,7 @@ impl Brain for Gated {
         let completion = Self::completion(work.1, Finish::Cancelled);
         (work, completion)
     }
+    fn ease(&mut self, _: Level) {}
     fn is_idle(&self) -> bool {
         self.running.is_none()
     }
@@ -84,13 +83,13 @@ impl Brain for Gated {
 struct Rig {
     worker: Worker<Count>,
     steps: std_mpsc::Receiver<()>,
-    go: std_mpsc::Sender<()>,
+    go: std_mpsc::SyncSender<()>,
 }
 
 impl Rig {
     fn new() -> Self {
-        let (step, steps) = std_mpsc::channel();
-        let (go, gone) = std_mpsc::channel();
+        let (step, steps) = std_mpsc::sync_channel(8);
+        let (go, gone) = std_mpsc::sync_channel(8);
         let brain = Gated {
             running: None,
             steps: step,

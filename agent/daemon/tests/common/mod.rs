@@ -6,6 +6,7 @@ use millwright::card::Model;
 use millwright::config::Config;
 use millwright::worker::{Brain, Load, Prepare, Work};
 use millwright_engine::{Completion, Event, Finish, Prompt, Reads, Request, RequestError};
+use millwright_task::pressure::Level;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
@@ -347,6 +348,7 @@ impl Brain for Parrot {
         let partial = completion(&work, Finish::Cancelled);
         (work, partial)
     }
+    fn ease(&mut self, _: Level) {}
     fn is_idle(&self) -> bool {
         self.running.is_empty()
     }

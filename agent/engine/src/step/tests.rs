@@ -135,3 +135,29 @@ fn steps_with_a_prompt_in_them_are_told_apart() {
         (0, 1)
     );
 }
+
+#[test]
+fn an_eased_engine_takes_less_at_once_and_makes_the_same() {
+    let folder = TempDir::new().unwrap();
+    let mut engine = engine(&folder);
+    let mut answer = |quarters: [usize; 2]| {
+        start(&mut engine, 40, 8);
+        let mut carried = Vec::new();
+        for step in 0.. {
+            engine.ease(quarters[step % 2]);
+            let events = engine.step().unwrap();
+            carried.push(engine.batch.rows.len());
+            for (_, event) in events {
+                if let Event::Done(completion) = event {
+                    return (carried, completion.tokens);
+                }
+            }
+        }
+        unreachable!("an answer ends")
+    };
+    let (whole, tokens) = answer([4, 4]);
+    assert_eq!(whole[..3], [16, 16, 8]);
+    let (eased, same) = answer([3, 1]);
+    assert_eq!(eased[..5], [12, 4, 12, 4, 8]);
+    assert_eq!(tokens, same);
+}

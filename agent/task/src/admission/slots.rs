@@ -90,7 +90,7 @@ impl<W> Admission<W> {
     /// What is free beside those that run.
     fn room(&self) -> Room {
         let mut room = Room {
-            slots: self.rules.slots as isize,
+            slots: self.slots() as isize,
             kv_tokens: self.rules.kv_tokens_max as isize,
             is_idle: self.running() == 0,
         };

@@ -647,6 +647,43 @@ fn as_many_give_way_as_are_needed_and_none_in_vain() {
 }
 
 #[test]
+fn a_hard_pressed_gateway_takes_less() {
+    let mut gate = Admission::new(Rules {
+        slots: 4,
+        queue_tasks_max: 4,
+        share: share(4, 9),
+        ..rules()
+    });
+    let mut n = 0;
+    let mut offer = |gate: &mut Admission<()>, priority| {
+        n += 1;
+        offer(gate, 0, of("mes", &n.to_string(), priority)).1
+    };
+    let is_refused = |body: &Body| matches!(body, Body::Rejected(r) if r.code == Code::Busy && r.retry_after_ms.is_some());
+    let running = |gate: &mut Admission<()>| {
+        while gate.next(at(0)).is_some() {}
+        gate.running()
+    };
+    gate.ease(Level::Eased);
+    (0..4).for_each(|_| assert!(!is_refused(&offer(&mut gate, 0))));
+    assert_eq!(running(&mut gate), 3);
+    gate.ease(Level::Strained);
+    assert!(is_refused(&offer(&mut gate, 4)), "low priority");
+    assert!(!is_refused(&offer(&mut gate, 5)));
+    assert!(is_refused(&offer(&mut gate, 5)), "half of the queue");
+    assert_eq!(
+        running(&mut gate),
+        3,
+        "what runs goes on, and nothing is begun"
+    );
+    gate.ease(Level::Critical);
+    assert!(is_refused(&offer(&mut gate, 9)));
+    gate.ease(Level::Normal);
+    assert!(!is_refused(&offer(&mut gate, 0)));
+    assert_eq!(running(&mut gate), 4);
+}
+
+#[test]
 fn only_so_many_are_put_aside() {
     let slots = limits::SUSPENDED_TASKS_MAX + 2;
     let mut gate = Admission::new(Rules { slots, ..roomy() });
