@@ -17,9 +17,15 @@ fn a_hard_pressed_gateway_says_so_and_takes_less() {
     for sensor in ["memory", "io"] {
         shim.sense(&format!("/proc/pressure/{sensor}"), &stalled(0));
     }
+    shim.sense(
+        "/proc/meminfo",
+        "MemTotal: 8000000 kB\nMemFree: 7000000 kB\nMemAvailable: 7000000 kB\n",
+    );
     let broker = Broker::open();
     let setup = Setup {
         env: shim.env(false),
+        // Whatever this machine's own sensors say.
+        agent: "governor = true\ntemperature_limit_c = 150".into(),
         ..Setup::default()
     };
     let _agent = Agent::with(&broker, &setup);

@@ -87,10 +87,6 @@ impl Alarms {
         self.unsaid.insert(alarm);
     }
 
-    pub fn is_raised(&self, alarm: Alarm) -> bool {
-        self.raised.contains_key(&alarm)
-    }
-
     pub fn clear(&mut self, alarm: Alarm) {
         if self.raised.remove(&alarm).is_some() {
             self.unsaid.insert(alarm);

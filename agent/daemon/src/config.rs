@@ -26,6 +26,8 @@ pub struct Config {
     pub drain_grace: Duration,
     pub health_interval: Duration,
     pub clock: Trust,
+    /// Whether the agent steps back when the machine is hard pressed.
+    pub governor: bool,
     /// °C at which the board throttles, where it is to be another than the sensor's own.
     pub temperature_limit: Option<f32>,
 }
@@ -135,6 +137,7 @@ impl Config {
             drain_grace: Duration::from_secs(raw.agent.drain_grace_s),
             health_interval: Duration::from_secs(raw.agent.health_interval_s),
             clock: raw.agent.clock,
+            governor: raw.agent.governor,
             temperature_limit: raw.agent.temperature_limit_c,
         })
     }
@@ -221,6 +224,7 @@ struct RawAgent {
     drain_grace_s: u64,
     health_interval_s: u64,
     clock: Trust,
+    governor: bool,
     temperature_limit_c: Option<f32>,
 }
 
@@ -230,6 +234,7 @@ impl Default for RawAgent {
             drain_grace_s: 10,
             health_interval_s: 10,
             clock: Trust::Auto,
+            governor: true,
             temperature_limit_c: None,
         }
     }

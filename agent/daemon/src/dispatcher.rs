@@ -17,11 +17,11 @@ use crate::journal::{Change, Journal, Mark};
 use crate::outbox::{Outbox, Purpose};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
+use easing::Easing;
 use millwright_engine::{Completion, Finish};
 use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size, Suspended};
 use millwright_task::job::{Class, Outcome, Post, Product, Ticket};
 use millwright_task::limits::{ANSWER_BYTES_MAX, INBOX_MESSAGES_MAX, SEED_MAX};
-use millwright_task::pressure::{Governor, Level};
 use millwright_task::recall::{Gone, Window};
 use millwright_task::wire::{self, Bounds, Code, Decoder, Provenance, Refusal, Reply, Usage};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -62,11 +62,7 @@ pub struct Dispatcher<P: Prepare> {
     goodbye: Option<(State, String)>,
     tally: Tally,
     alarms: Alarms,
-    governor: Governor,
-    /// Why the machine is hard pressed, as of the last change of the level.
-    hardship: String,
-    /// The level that the model was last told.
-    told: Level,
+    easing: Easing,
     /// Text not yet sent, per running task that streams.
     texts: BTreeMap<Ticket, String>,
     seeds: HashMap<Ticket, u64>,
@@ -118,9 +114,7 @@ impl<P: Prepare> Dispatcher<P> {
             goodbye: None,
             tally: Tally::default(),
             alarms: Alarms::default(),
-            governor: Governor::default(),
-            hardship: String::new(),
-            told: Level::default(),
+            easing: Easing::default(),
             texts: BTreeMap::new(),
             seeds: HashMap::new(),
             stopping: HashSet::new(),
@@ -335,7 +329,8 @@ impl<P: Prepare> Dispatcher<P> {
 
     /// A task gave way; it waits again, unless it was to end anyway.
     fn on_suspended(&mut self, ticket: Ticket, work: P::Work, product: Product) {
-        self.flush_texts();
+        // What is sent later would come at a time when nobody could stop it.
+        self.flush_last_text(ticket);
         let now = self.parts.clock.now();
         let seed = self.seeds.remove(&ticket).unwrap_or_default();
         match self.admission.suspend(now, ticket, (work, seed), product) {
@@ -410,6 +405,7 @@ impl<P: Prepare> Dispatcher<P> {
     /// Deadlines, and alarms that pass.
     pub fn tick(&mut self) {
         self.alarms.pass(self.parts.clock.now());
+        self.miss_sensors();
         let Due { posts, stop } = self.admission.tick(self.parts.clock.now());
         for ticket in stop {
             self.stop(ticket);
@@ -473,7 +469,7 @@ impl<P: Prepare> Dispatcher<P> {
         }
         self.tell_level();
         if !self.is_draining {
-            while let Some(ticket) = self.admission.yielding() {
+            for ticket in self.admission.yielding(now) {
                 let _ = self.parts.commands.try_send(Command::Suspend(ticket));
             }
         }
@@ -524,14 +520,15 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    /// Sends what is left of a text in its place before the final event: a model may be done before the disk is.
+    /// Sends what is left of a text in its place before what follows: a model may be done before the disk is.
     fn flush_last_text(&mut self, ticket: Ticket) {
-        let text = self.texts.remove(&ticket);
-        if let Some(text) = text.filter(|_| self.parts.link.is_online() && self.outbox.has_room()) {
-            let (post, _) = self.admission.text(self.parts.clock.now(), ticket, text);
-            if let Some(post) = post {
-                self.send(post);
-            }
+        let Some(text) = self.texts.remove(&ticket) else {
+            return;
+        };
+        let (post, _) = self.admission.text(self.parts.clock.now(), ticket, text);
+        let sent = post.filter(|_| self.parts.link.is_online() && self.outbox.has_room());
+        if let Some(post) = sent {
+            self.send(post);
         }
     }
 

@@ -1,6 +1,6 @@
 //! How the machine is. Reads sensors; a sensor that isn't there is null, never 0. Judges nothing.
 
-use millwright_task::pressure::Reading;
+use millwright_task::pressure::{Reading, Throttling};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use sysinfo::{
@@ -8,11 +8,25 @@ use sysinfo::{
     get_current_pid,
 };
 
-/// Where a Raspberry Pi's firmware says whether it throttles.
-const THROTTLED: &str = "/sys/devices/platform/soc/soc:firmware/get_throttled";
-
-/// °C at which a board is taken to throttle that doesn't say it.
-const TEMPERATURE_LIMIT: f32 = 85.0;
+/// Where a Raspberry Pi's firmware says whether it throttles: up to the 4, and the 5.
+const THROTTLED: [&str; 2] = [
+    "/sys/devices/platform/soc/soc:firmware/get_throttled",
+    "/sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled",
+];
+/// Parts of the names of sensors that are a processor's. Others may be hot, or float, without any harm to it.
+const PROCESSORS: [&str; 8] = [
+    "coretemp", "k10temp", "zenpower", "cpu", "soc", "package", "tctl", "core",
+];
+/// °C at which a processor is taken to throttle that doesn't say it; and at most on ARM, where the critical point that the
+/// kernel names is where it switches off.
+const TEMPERATURE_LIMIT: f32 = if cfg!(target_arch = "x86_64") {
+    95.0
+} else {
+    85.0
+};
+/// What a sensor of a processor can say; others are not connected, or have no limit.
+const TEMPERATURES: std::ops::Range<f32> = -40.0..125.0;
+const LIMITS: std::ops::RangeInclusive<f32> = 40.0..=150.0;
 
 /// One look at the machine. Bytes are bytes, temperatures °C, times seconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -27,6 +41,11 @@ pub struct Machine {
     disk_free: Option<u64>,
     temperature: Option<f32>,
     temperature_limit: Option<f32>,
+    /// The processor's alone, and its limit.
+    #[serde(skip)]
+    processor: Option<(f32, Option<f32>)>,
+    #[serde(skip)]
+    throttled: Option<u32>,
     throttling_now: Option<bool>,
     throttling_since_boot: Option<bool>,
     pressure: Pressure,
@@ -38,15 +57,17 @@ pub struct Machine {
 impl Machine {
     /// What may make the agent step back. `limit` is the board's, where it is configured.
     pub fn reading(&self, limit: Option<f32>) -> Reading {
-        let limit = limit
-            .or(self.temperature_limit)
-            .unwrap_or(TEMPERATURE_LIMIT);
+        let limited = |(degrees, own): (f32, Option<f32>)| {
+            let own = own.filter(|own| LIMITS.contains(own));
+            let own = own.filter(|own| cfg!(target_arch = "x86_64") || *own < TEMPERATURE_LIMIT);
+            (degrees, limit.or(own).unwrap_or(TEMPERATURE_LIMIT))
+        };
         let memory = self.memory_available.zip(self.memory_used);
+        let memory = memory.map(|(free, used)| (free, free.saturating_add(used)));
         Reading {
-            temperature: self.temperature.map(|degrees| (degrees, limit)),
-            throttling: self.throttling_now,
-            memory_available: memory
-                .map(|(free, used)| free as f32 / (free.saturating_add(used)).max(1) as f32),
+            temperature: self.processor.map(limited),
+            throttling: self.throttled.map(throttling),
+            memory: memory.filter(|(_, all)| *all > 0),
             memory_stall: self.pressure.memory,
             io_stall: self.pressure.io,
         }
@@ -97,13 +118,15 @@ impl Probe {
         self.disks.iter_mut().for_each(|d| d.refresh(false));
         let agent_memory = self.own_memory();
         let first = std::mem::take(&mut self.first);
-        let throttled = throttled(&read(THROTTLED));
+        let throttled = THROTTLED.iter().find_map(|path| throttled(&read(path)));
         let warm = |c: &&Component| c.temperature().is_some_and(f32::is_finite);
         let degrees = |c: &Component| c.temperature().unwrap_or_default();
         let components = self.components.iter().flat_map(|list| list.iter());
-        let hottest = components
-            .filter(warm)
-            .max_by(|a, b| degrees(a).total_cmp(&degrees(b)));
+        let warm: Vec<_> = components.filter(warm).collect();
+        let hotter = |a: &&&Component, b: &&&Component| degrees(a).total_cmp(&degrees(b));
+        let hottest = warm.iter().max_by(hotter);
+        let processors = warm.iter().filter(|c| is_processor(c.label(), degrees(c)));
+        let processor = processors.max_by(hotter);
         let networks = || self.networks.iter().flat_map(|list| list.iter());
         let wires = || networks().filter(|(name, _)| *name != "lo").map(|(_, n)| n);
         let wired = wires().next().is_some();
@@ -120,11 +143,13 @@ impl Probe {
             agent_memory,
             swap_used: system.map(System::used_swap),
             disk_free: self.disk_free(),
-            temperature: hottest.and_then(sysinfo::Component::temperature).map(round),
+            temperature: hottest.and_then(|c| c.temperature()).map(round),
             temperature_limit: hottest
-                .and_then(sysinfo::Component::critical)
+                .and_then(|c| c.critical())
                 .filter(|t| t.is_finite())
                 .map(round),
+            processor: processor.map(|c| (degrees(c), c.critical())),
+            throttled,
             throttling_now: throttled.map(|bits| bits & 0xf != 0),
             throttling_since_boot: throttled.map(|bits| bits & 0xf_0000 != 0),
             pressure: Pressure {
@@ -176,6 +201,20 @@ fn throttled(text: &str) -> Option<u32> {
     u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
 }
 
+fn throttling(bits: u32) -> Throttling {
+    match bits & 0xf {
+        0 => Throttling::None,
+        // Under-voltage, the soft limit.
+        now if now & 0b0110 == 0 => Throttling::Warned,
+        _ => Throttling::Held,
+    }
+}
+
+fn is_processor(label: &str, degrees: f32) -> bool {
+    let label = label.to_lowercase();
+    TEMPERATURES.contains(&degrees) && PROCESSORS.iter().any(|name| label.contains(name))
+}
+
 fn round(x: f32) -> f32 {
     (x * 10.0).round() / 10.0
 }
@@ -193,6 +232,63 @@ mod tests {
             (throttled("50005\n"), throttled("0x4"), throttled("")),
             (Some(0x50005), Some(4), None)
         );
+    }
+
+    #[test]
+    fn what_is_no_processor_or_no_temperature_is_not_judged() {
+        for label in [
+            "coretemp Package id 0",
+            "k10temp Tctl",
+            "cpu_thermal temp1",
+            "soc-thermal",
+        ] {
+            assert!(is_processor(label, 60.0), "{label}");
+        }
+        for (label, degrees) in [
+            ("nvme Composite", 80.0),
+            ("iwlwifi_1 temp1", 90.0),
+            ("coretemp Core 0", 127.0),
+            ("cpu_thermal", f32::NAN),
+        ] {
+            assert!(!is_processor(label, degrees), "{label}");
+        }
+        let mut machine = Probe::new(Path::new("/")).look();
+        let mut limit = |own, configured| {
+            machine.processor = Some((60.0, own));
+            machine
+                .reading(configured)
+                .temperature
+                .map(|(_, limit)| limit)
+        };
+        let odd = [
+            None,
+            Some(-273.15),
+            Some(0.0),
+            Some(65261.85),
+            Some(f32::NAN),
+        ];
+        assert!(
+            odd.iter()
+                .all(|own| limit(*own, None) == Some(TEMPERATURE_LIMIT))
+        );
+        assert_eq!(limit(Some(80.0), None), Some(80.0));
+        assert_eq!(limit(Some(80.0), Some(70.0)), Some(70.0));
+        (machine.memory_available, machine.memory_used) = (Some(0), Some(0));
+        assert_eq!(machine.reading(None).memory, None);
+    }
+
+    #[test]
+    fn the_firmwares_bits_are_told_apart() {
+        for (bits, wanted) in [
+            (0, Throttling::None),
+            (0xf_0000, Throttling::None),
+            (1, Throttling::Warned),
+            (8, Throttling::Warned),
+            (2, Throttling::Held),
+            (5, Throttling::Held),
+        ] {
+            assert_eq!(throttling(bits), wanted, "{bits:x}");
+        }
     }
 
     #[test]

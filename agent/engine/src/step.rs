@@ -156,11 +156,13 @@ impl Sequence {
         self.cached >= self.given
     }
 
-    /// What it has until now.
+    /// All that it has until now, what is withheld too.
     fn completion(&self, finish: Finish) -> Completion {
         let (prefill, decode) = self.times();
+        let mut stream = self.stream.clone();
+        stream.finish();
         Completion {
-            text: self.stream.text().to_owned(),
+            text: stream.text().to_owned(),
             tokens: self.tokens[self.prompt_tokens..].to_vec(),
             finish,
             prompt_tokens: self.prompt_tokens,
@@ -551,9 +553,7 @@ impl Engine {
     }
 
     fn finish(&mut self, slot: usize, finish: Finish) -> Completion {
-        let mut sequence = self.take(slot);
-        sequence.stream.finish();
-        sequence.completion(finish)
+        self.take(slot).completion(finish)
     }
 
     /// Frees a slot and its cache.

@@ -228,7 +228,7 @@ fn run_aside(engine: &mut Engine, request: &Request, every: usize) -> (String, C
         }
         let partial;
         (prepared, partial) = engine.suspend(slot);
-        assert_eq!(partial.text, streamed);
+        assert!(partial.text.starts_with(&streamed));
         assert_eq!(engine.usage().kv_tokens_used, 0, "its blocks are free");
     }
 }

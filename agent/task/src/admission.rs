@@ -298,12 +298,17 @@ impl<W> Admission<W> {
             return busy(reason, bytes);
         }
         let (own, own_bytes) = self.queue.held_by(&task.key.sender);
-        let most = self.rules.share(&task.key.sender).tasks_max;
+        let (whole, share) = (
+            self.rules.queue_tasks_max.max(1),
+            self.rules.share(&task.key.sender).tasks_max,
+        );
+        // Of a queue that is half open, half.
+        let most = (share * tasks).div_ceil(whole);
         if own >= most && self.jobs.len() >= self.slots() {
             let reason = format!("{own} tasks of this sender are waiting, as many as one may have");
             return busy(reason, most);
         }
-        let most = (bytes as u64 * most as u64).div_ceil(tasks.max(1) as u64) as usize;
+        let most = (bytes as u64 * share as u64).div_ceil(whole as u64) as usize;
         if own > 0 && own_bytes + task.bytes > most {
             let reason = format!("this sender's waiting tasks hold {own_bytes} of {most} bytes");
             return busy(reason, most);
@@ -580,7 +585,7 @@ impl<W> Admission<W> {
         ticket: Ticket,
         size: Size,
     ) -> Option<Duration> {
-        let stays = |held: &&Held| held.job.is_running() && !held.may_yield(turn, priority);
+        let stays = |held: &&Held| held.job.is_running() && !held.may_yield(now, turn, priority);
         self.end_of(now, stays, self.queue.before(turn, ticket), size)
     }
 

@@ -159,8 +159,13 @@ impl Job {
 
     /// Time in the model so far.
     pub fn service(&self, now: Now) -> Duration {
+        self.served + self.stint(now)
+    }
+
+    /// Time in the slot that it has.
+    pub fn stint(&self, now: Now) -> Duration {
         let running = self.is_running.then(|| now.own.saturating_sub(self.since));
-        self.served + running.unwrap_or_default()
+        running.unwrap_or_default()
     }
 
     /// The next event of this run.

@@ -36,7 +36,7 @@ pub const QUEUE_BYTES_MAX: usize = 4 * MIB;
 /// Tasks that run at the same time.
 pub const RUNNING_TASKS_MAX: usize = 16;
 /// Tasks that gave their slot to one of a higher priority and wait with what was made of them.
-pub const SUSPENDED_TASKS_MAX: usize = 8;
+pub const SUSPENDED_TASKS_MAX: usize = 4;
 /// How often a task is begun that the process never outlived; then it fails, lest it take the gateway down for ever.
 pub const BEGUN_MAX: u32 = 5;
 /// Final events kept for resent tasks, and the bytes of their payloads together.
@@ -74,18 +74,21 @@ pub const JOURNAL_CACHE_BYTES: usize = 2 * MIB;
 /// Events from the model's thread to the agent.
 pub const WORKER_EVENTS_MAX: usize = 256;
 
-/// What one that was put aside holds beyond its payload: its text twice and its tokens.
-const SUSPENDED_BYTES_MAX: usize = 2 * ANSWER_BYTES_MAX + 4 * 2 * TOKENS_MAX;
+/// A token takes four bytes, and each byte of a prompt may be one.
+const TOKEN_BYTES: usize = 4;
+/// What one that was put aside holds: its payload, its tokens, and its text twice.
+const SUSPENDED_BYTES_MAX: usize =
+    PAYLOAD_BYTES_MAX + TOKEN_BYTES * (PAYLOAD_BYTES_MAX + TOKENS_MAX) + 2 * ANSWER_BYTES_MAX;
 /// JSON may escape each byte of an answer as `\u00XX`.
 const ANSWER_JSON_BYTES_MAX: usize = 6 * ANSWER_BYTES_MAX;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
 /// What all of the above may hold at once.
-pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
+pub const MEMORY_BYTES_MAX: usize = (1 + TOKEN_BYTES) * QUEUE_BYTES_MAX
     + QUEUE_TASKS_MAX * (TOPIC_BYTES_MAX + CORRELATION_BYTES_MAX + SENDER_BYTES_MAX + ID_BYTES_MAX)
     + RUNNING_TASKS_MAX * (PAYLOAD_BYTES_MAX + ANSWER_JSON_BYTES_MAX)
-    + SUSPENDED_TASKS_MAX * (PAYLOAD_BYTES_MAX + SUSPENDED_BYTES_MAX)
+    + SUSPENDED_TASKS_MAX * SUSPENDED_BYTES_MAX
     + RECALL_BYTES_MAX
     + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
     + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
@@ -96,7 +99,7 @@ pub const MEMORY_BYTES_MAX: usize = QUEUE_BYTES_MAX
     + WORKER_EVENTS_MAX * KIB;
 
 const _: () = assert!(
-    MEMORY_BYTES_MAX <= 89 * MIB,
+    MEMORY_BYTES_MAX <= 107 * MIB,
     "the bounds add up to more than the budget"
 );
 const _: () =

@@ -13,15 +13,24 @@ pub const CALM: Duration = Duration::from_mins(1);
 /// One look at the sensors; `None` where there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Reading {
-    /// °C, and the °C at which the board throttles or worse.
+    /// °C of the processor, and the °C at which it throttles or worse.
     pub temperature: Option<(f32, f32)>,
-    /// The board holds its own clock down now, for heat or for want of power.
-    pub throttling: Option<bool>,
-    /// Memory that programs could still have, as a share of all.
-    pub memory_available: Option<f32>,
+    pub throttling: Option<Throttling>,
+    /// Bytes of memory that programs could still have, and of all.
+    pub memory: Option<(u64, u64)>,
     /// Share of the last ten seconds in which somebody waited for memory, and for the disk, in percent.
     pub memory_stall: Option<f32>,
     pub io_stall: Option<f32>,
+}
+
+/// What the board's firmware says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Throttling {
+    None,
+    /// Its power is too weak or its soft limit of heat is reached.
+    Warned,
+    /// It holds its clock down.
+    Held,
 }
 
 /// What makes the agent step back.
@@ -94,7 +103,9 @@ impl Level {
 pub struct Finding {
     pub cause: Cause,
     pub level: Level,
+    /// The last that was as bad as that.
     reading: Reading,
+    is_calming: bool,
 }
 
 impl fmt::Display for Finding {
@@ -105,10 +116,18 @@ impl fmt::Display for Finding {
                 let (degrees, limit) = reading.temperature.unwrap_or_default();
                 write!(f, "{degrees:.0} °C, the limit is {limit:.0}")
             }
-            Cause::Throttling => f.write_str("the board holds its clock down"),
+            Cause::Throttling if reading.throttling == Some(Throttling::Held) => {
+                f.write_str("the board holds its clock down")
+            }
+            Cause::Throttling => f.write_str("the board warns of heat or of too little power"),
             Cause::Memory => {
-                let free = reading.memory_available.unwrap_or_default();
-                write!(f, "{:.0} % of memory is available", free * 100.0)
+                let (free, all) = reading.memory.unwrap_or_default();
+                write!(
+                    f,
+                    "{} of {} MiB of memory are available",
+                    free >> 20,
+                    all >> 20
+                )
             }
             Cause::Stall => write!(
                 f,
@@ -116,7 +135,12 @@ impl fmt::Display for Finding {
                 reading.memory_stall.unwrap_or_default(),
                 reading.io_stall.unwrap_or_default()
             ),
-        }
+        }?;
+        f.write_str(if self.is_calming {
+            ", and better since"
+        } else {
+            ""
+        })
     }
 }
 
@@ -132,10 +156,14 @@ const HEAT: Ladder = Ladder {
     steps: [-10.0, -5.0, 0.0],
     margin: 3.0,
 };
-/// Share of memory in use.
+/// Share of memory in use, and MiB that are left, below zero: both must be bad, since a share of much is much.
 const USED: Ladder = Ladder {
     steps: [0.85, 0.92, 0.96],
     margin: 0.03,
+};
+const LEFT: Ladder = Ladder {
+    steps: [-512.0, -256.0, -128.0],
+    margin: 64.0,
 };
 /// Percent of time. A disk that is busy is slow, not in danger: it never makes more than the first step.
 const MEMORY_STALL: Ladder = Ladder {
@@ -169,17 +197,20 @@ impl Reading {
         };
         let heat = self.temperature.map(|(degrees, limit)| degrees - limit);
         let throttling = match self.throttling {
-            Some(true) => Level::Strained,
-            _ => Level::Normal,
+            None | Some(Throttling::None) => Level::Normal,
+            Some(Throttling::Warned) => Level::Eased,
+            Some(Throttling::Held) => Level::Strained,
         };
+        let used = self
+            .memory
+            .map(|(free, all)| 1.0 - free as f32 / all.max(1) as f32);
+        let left = self.memory.map(|(free, _)| -((free >> 20) as f32));
+        let memory = at(&USED, used).min(at(&LEFT, left));
         let stall = at(&MEMORY_STALL, self.memory_stall).max(at(&IO_STALL, self.io_stall));
         [
             (Cause::Temperature, at(&HEAT, heat)),
             (Cause::Throttling, throttling),
-            (
-                Cause::Memory,
-                at(&USED, self.memory_available.map(|free| 1.0 - free)),
-            ),
+            (Cause::Memory, memory),
             (Cause::Stall, stall),
         ]
     }
@@ -195,26 +226,24 @@ pub struct Governor {
 #[derive(Debug, Default)]
 struct Climb {
     level: Level,
+    /// The last reading that was as bad as the level.
+    reading: Reading,
     calm_since: Option<Duration>,
 }
 
 impl Climb {
-    fn watch(&mut self, now: Duration, level: Level, leaving: Level) {
-        if level > self.level {
-            *self = Self {
-                level,
-                calm_since: None,
-            };
-        } else if leaving >= self.level {
+    fn watch(&mut self, now: Duration, reading: Reading, level: Level, leaving: Level) {
+        if level >= self.level {
+            (self.level, self.reading) = (level, reading);
+        }
+        if leaving >= self.level {
             self.calm_since = None;
-        } else {
-            let since = *self.calm_since.get_or_insert(now);
-            if now.saturating_sub(since) >= CALM {
-                *self = Self {
-                    level: self.level.below(),
-                    calm_since: Some(now),
-                };
-            }
+            return;
+        }
+        let since = *self.calm_since.get_or_insert(now);
+        if now.saturating_sub(since) >= CALM {
+            self.level = self.level.below();
+            self.calm_since = Some(now);
         }
     }
 }
@@ -227,11 +256,12 @@ impl Governor {
         let each = self.levels.iter_mut().zip(entered.into_iter().zip(left));
         let mut findings = Vec::new();
         for (climb, ((cause, entered), (_, left))) in each {
-            climb.watch(now, entered, left);
+            climb.watch(now, reading, entered, left);
             findings.push(Finding {
                 cause,
                 level: climb.level,
-                reading,
+                reading: climb.reading,
+                is_calming: climb.calm_since.is_some(),
             });
         }
         findings.retain(|finding| finding.level > Level::Normal);
@@ -280,17 +310,22 @@ mod tests {
         ] {
             assert_eq!(level(warm(degrees)), wanted, "{degrees}");
         }
-        for (free, wanted) in [
-            (0.16, Normal),
-            (0.15, Eased),
-            (0.08, Strained),
-            (0.03, Critical),
+        const MIB: u64 = 1 << 20;
+        for (free, all, wanted) in [
+            (300, 1000, Normal),
+            (150, 1000, Eased),
+            (80, 1000, Strained),
+            (39, 1000, Critical),
+            // A share of much is much, and so is what a small board may have left.
+            (2000, 32_000, Normal),
+            (250, 32_000, Strained),
+            (100, 256, Normal),
         ] {
             let reading = Reading {
-                memory_available: Some(free),
+                memory: Some((free * MIB, all * MIB)),
                 ..Reading::default()
             };
-            assert_eq!(level(reading), wanted, "{free}");
+            assert_eq!(level(reading), wanted, "{free} of {all}");
         }
         for (memory, io, wanted) in [
             (9.0, 79.0, Normal),
@@ -306,7 +341,11 @@ mod tests {
             };
             assert_eq!(level(reading), wanted, "{memory} {io}");
         }
-        for (throttling, wanted) in [(false, Normal), (true, Strained)] {
+        for (throttling, wanted) in [
+            (Throttling::None, Normal),
+            (Throttling::Warned, Eased),
+            (Throttling::Held, Strained),
+        ] {
             let reading = Reading {
                 throttling: Some(throttling),
                 ..Reading::default()
@@ -341,18 +380,23 @@ mod tests {
         let mut governor = Governor::default();
         let reading = Reading {
             temperature: Some((76.0, 85.0)),
-            memory_available: Some(0.05),
+            memory: Some((80 << 20, 1000 << 20)),
             ..Reading::default()
         };
         let findings = governor.watch(seconds(0), reading);
         let said: Vec<_> = findings.iter().map(ToString::to_string).collect();
         assert_eq!(
             said,
-            ["5 % of memory is available", "76 °C, the limit is 85"]
+            [
+                "80 of 1000 MiB of memory are available",
+                "76 °C, the limit is 85"
+            ]
         );
         // One cause's calm is its own.
         let findings = governor.watch(seconds(1), warm(76.0));
-        assert_eq!(findings.len(), 2);
+        let said: Vec<_> = findings.iter().map(ToString::to_string).collect();
+        let memory = "80 of 1000 MiB of memory are available, and better since";
+        assert_eq!(said, [memory, "76 °C, the limit is 85"]);
         let findings = governor.watch(seconds(61), warm(76.0));
         assert_eq!(findings[0].level, Level::Eased);
         assert_eq!(governor.level(), Level::Eased);
@@ -367,12 +411,12 @@ mod tests {
     proptest! {
         /// Never lower than the reading says, whatever came before, and never down by more than a step.
         #[test]
-        fn it_is_never_below_what_it_sees(readings in proptest::collection::vec((0u64..100, 20.0f32..100.0, 0.0f32..1.0), 1..60)) {
+        fn it_is_never_below_what_it_sees(readings in proptest::collection::vec((0u64..100, 20.0f32..100.0, 0u64..1000), 1..60)) {
             let mut governor = Governor::default();
             let mut now = 0;
             for (passed, degrees, free) in readings {
                 now += passed;
-                let reading = Reading { memory_available: Some(free), ..warm(degrees) };
+                let reading = Reading { memory: Some((free << 20, 1000 << 20)), ..warm(degrees) };
                 let before = governor.level();
                 governor.watch(seconds(now), reading);
                 prop_assert!(governor.level() >= level(reading));

@@ -72,8 +72,8 @@ impl<P: Prepare> Dispatcher<P> {
             let reason = "the broker refuses the subscription to tasks";
             return (State::Degraded, reason.into());
         }
-        let level = self.governor.level();
-        let reason = format!("{}: {}", level.name(), self.hardship);
+        let level = self.easing.level();
+        let reason = format!("{}: {}", level.name(), self.easing.reason);
         match level {
             Level::Normal => (State::Online, String::new()),
             Level::Eased => (State::Online, reason),
@@ -135,7 +135,7 @@ impl<P: Prepare> Dispatcher<P> {
             "gateway": self.parts.config.gateway.name,
             "at": millwright_task::calendar::format(now.wall_ms),
             "clock": if now.synced { "synced" } else { "unsynced" },
-            "machine": machine, "level": self.governor.level().name(),
+            "machine": machine, "level": self.easing.level().name(),
             "queue": self.admission.waiting(), "running": self.admission.running(),
             "estimate_error": self.admission.estimate_error(),
             "counts": self.tally.counts(),

@@ -199,7 +199,7 @@ impl Agent {
     pub(crate) fn start_in(state: &Path, port: u16, step: Duration) -> Self {
         let text = format!(
             "[gateway]\nsite='test'\nname='gw'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
-             [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\n",
+             [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\ngovernor=false\n",
             state.display()
         );
         let config = Config::parse(&text).unwrap();

@@ -18,6 +18,7 @@ pub struct Pushed {
 }
 
 /// Turns the tokens of one answer into text.
+#[derive(Clone)]
 pub struct TextStream {
     text: Arc<Text>,
     stop: Vec<String>,
@@ -28,6 +29,7 @@ pub struct TextStream {
     stopped: bool,
 }
 
+#[derive(Clone)]
 enum Decoder {
     /// The bytes of an unfinished character.
     Bytes(Vec<u8>),
@@ -36,7 +38,7 @@ enum Decoder {
 
 /// Decodes a short window of tokens twice and takes the difference: for vocabularies whose tokens have no
 /// bytes of their own (SentencePiece's spaces and byte fallback).
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Prefix {
     window: Vec<u32>,
     /// What the first `decoded` tokens of the window say; emitted already.

@@ -71,7 +71,10 @@ impl Pace {
     ) -> Option<Duration> {
         let left = |(size, had)| Some(self.service(size)?.saturating_sub(had));
         let mut free: Vec<Duration> = running.map(left).collect::<Option<_>>()?;
-        free.resize(free.len().max(slots.max(1)), Duration::ZERO);
+        // Where more run than there are slots by now, the first to end leave none.
+        free.sort_unstable();
+        free.drain(..free.len().saturating_sub(slots));
+        free.resize(slots.max(1), Duration::ZERO);
         let mut end = |size| {
             let first = free.iter_mut().min()?;
             *first += self.service(size)?;
@@ -136,5 +139,11 @@ mod tests {
         assert_eq!(finish(1, &[], 0), Some(110 * MS));
         assert_eq!(finish(1, &[(each, 30 * MS)], 2), Some((80 + 330) * MS));
         assert_eq!(finish(2, &[(each, 30 * MS)], 2), Some(220 * MS));
+        let running = [(each, 30 * MS), (each, 10 * MS)];
+        assert_eq!(
+            finish(1, &running, 0),
+            Some(210 * MS),
+            "a slot was taken away"
+        );
     }
 }

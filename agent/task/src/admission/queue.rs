@@ -21,6 +21,12 @@ const AGEING: Duration = Duration::from_secs(15);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Turn(i64);
 
+impl Turn {
+    pub(super) fn later(self, by: Duration) -> Self {
+        Self(self.0 + by.as_millis() as i64)
+    }
+}
+
 #[derive(Debug)]
 struct Waiting<W> {
     work: W,
@@ -83,7 +89,7 @@ impl<W> Queue<W> {
         turn
     }
 
-    /// Puts a task back into the turn that it had. Its sender's others had theirs beside it, and do.
+    /// Puts a task back into a turn that it has. Its sender's others had theirs beside it, and do.
     pub(super) fn put_back(&mut self, turn: Turn, ticket: Ticket, task: &Task, work: (W, Size)) {
         self.insert((turn, ticket), task, work, 0);
     }

@@ -7,6 +7,7 @@ use super::{Admission, Held};
 use crate::Now;
 use crate::job::{Outcome, Post, Product, Ticket};
 use crate::limits::SUSPENDED_TASKS_MAX;
+use std::time::Duration;
 
 /// What became of a task that gave way.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,30 +32,45 @@ impl<W> Admission<W> {
         Some((ticket, work, held.begun))
     }
 
-    /// A running task that is to give way to the next in turn: put aside between two steps, and then handed to
-    /// [`Self::suspend`]. Each is named once. A waiting task has the earlier turn only by its priority or by its age, so that a
-    /// stream of higher ones holds none up for ever.
-    pub fn yielding(&mut self) -> Option<Ticket> {
-        let (turn, priority, size) = self.queue.first()?;
+    /// Running tasks that are to give way to the next in turn: put aside between two steps, and then handed to
+    /// [`Self::suspend`]. Each is named once. One gives way to a higher priority until it has waited for as long as the
+    /// difference counts, so that a stream of higher ones holds none up for ever.
+    pub fn yielding(&mut self, now: Now) -> Vec<Ticket> {
+        let Some((turn, priority, size)) = self.queue.first() else {
+            return Vec::new();
+        };
         let mut room = self.room();
-        let leaving = self.jobs.values().filter(|held| held.yields);
-        leaving.for_each(|held| room.free(held.size));
-        if room.takes(size) || self.suspended() >= SUSPENDED_TASKS_MAX {
-            return None;
-        }
-        let lower = |held: &&Held| held.may_yield(turn, priority);
-        let mut all = room;
         let jobs = self.jobs.values();
-        jobs.filter(lower).for_each(|held| all.free(held.size));
-        if !all.takes(size) {
-            return None;
+        let leaving = jobs.filter(|held| held.yields || held.is_stopping());
+        leaving.for_each(|held| room.free(held.size));
+        // What ran when slots were taken away goes on.
+        if room.takes(size) || self.running() > self.slots() {
+            return Vec::new();
         }
-        let jobs = self.jobs.values_mut();
-        let last = jobs
-            .filter(|held| held.may_yield(turn, priority))
-            .max_by_key(|held| (held.turn, held.job.ticket()))?;
-        last.yields = true;
-        Some(last.job.ticket())
+        let lower = |held: &&Held| held.may_yield(now, turn, priority);
+        let mut lower: Vec<_> = self.jobs.values().filter(lower).collect();
+        lower.sort_by_key(|held| std::cmp::Reverse((held.turn_at(now), held.job.ticket())));
+        lower.truncate(SUSPENDED_TASKS_MAX.saturating_sub(self.suspended()));
+        let mut chosen = Vec::new();
+        for held in lower {
+            room.free(held.size);
+            chosen.push(held.job.ticket());
+            if room.takes(size) {
+                break;
+            }
+        }
+        if !room.takes(size) {
+            // Not even all of them would do.
+            return Vec::new();
+        }
+        // However long they waited, the one that they make room for comes first.
+        let behind = turn.later(Duration::from_millis(1));
+        for ticket in &chosen {
+            if let Some(held) = self.jobs.get_mut(ticket) {
+                (held.yields, held.turn) = (true, held.turn.max(behind));
+            }
+        }
+        chosen
     }
 
     /// The model put a task aside that was to give way; `product` is what it made of it until now.
@@ -105,9 +121,19 @@ impl<W> Admission<W> {
 
 impl Held {
     /// Whether it gives its slot to one that waits.
-    pub(super) fn may_yield(&self, turn: Turn, priority: u8) -> bool {
-        let is_lower = self.job.task.priority < priority && self.turn > turn;
+    pub(super) fn may_yield(&self, now: Now, turn: Turn, priority: u8) -> bool {
+        let is_lower = self.job.task.priority < priority && self.turn_at(now) > turn;
         is_lower && self.job.is_running() && !self.yields && self.job.stop.is_none()
+    }
+
+    /// Its turn, which waiting brings nearer and running does not.
+    fn turn_at(&self, now: Now) -> Turn {
+        self.turn.later(self.job.stint(now))
+    }
+
+    /// The model was told to let go of it.
+    fn is_stopping(&self) -> bool {
+        self.job.is_running() && self.job.stop.is_some()
     }
 
     fn is_suspended(&self) -> bool {
@@ -115,7 +141,7 @@ impl Held {
     }
 }
 
-/// Slots and cache; below zero where a task is larger than it said, or slots were taken away.
+/// Slots and cache; below zero where slots were taken away.
 #[derive(Clone, Copy)]
 struct Room {
     slots: isize,

@@ -509,10 +509,10 @@ fn a_higher_priority_takes_the_slot_of_a_lower_one_and_gives_it_back() {
     let low = started(&mut gate, 0);
     gate.text(at(1), low, "one ".into());
     accepted(offer(&mut gate, 1, of("mes", "same", 4)).0);
-    assert_eq!(gate.yielding(), None, "not for one like it");
+    assert_eq!(gate.yielding(at(1)), [], "not for one like it");
     let high = accepted(offer(&mut gate, 2, of("ops", "high", 6)).0);
-    assert_eq!(gate.yielding(), Some(low));
-    assert_eq!(gate.yielding(), None, "one is enough, and is told once");
+    assert_eq!(gate.yielding(at(2)), [low]);
+    assert_eq!(gate.yielding(at(2)), [], "one is enough, and is told once");
     assert!(gate.next(at(2)).is_none(), "it has its slot until then");
     let product = Product {
         text: "one ".into(),
@@ -553,7 +553,7 @@ fn one_that_was_put_aside_ends_with_what_it_has() {
         accepted(offer(gate, 0, low).0);
         let low = started(gate, 0);
         accepted(offer(gate, 0, of("ops", "high", 6)).0);
-        assert_eq!(gate.yielding(), Some(low));
+        assert_eq!(gate.yielding(at(0)), [low]);
         low
     };
     let mut gate = Admission::new(roomy());
@@ -588,7 +588,7 @@ fn a_stream_of_higher_ones_holds_none_up_for_ever() {
     while had < 10 {
         now += 1;
         accepted(offer(&mut gate, now, of(&format!("s{now}"), "high", 7)).0);
-        if let Some(ticket) = gate.yielding() {
+        for ticket in gate.yielding(at(now)) {
             gate.suspend(at(now), ticket, (), Product::default())
                 .unwrap();
         }
@@ -634,7 +634,7 @@ fn as_many_give_way_as_are_needed_and_none_in_vain() {
     ] {
         let mut gate = gate(kept);
         sized(&mut gate, "high", 8, kv_tokens);
-        let yielding: Vec<_> = std::iter::from_fn(|| gate.yielding()).collect();
+        let yielding = gate.yielding(at(0));
         assert_eq!(yielding.len(), wanted, "{kv_tokens} beside {kept}");
         if wanted > 0 {
             assert!(gate.next(at(0)).is_none());
@@ -644,6 +644,69 @@ fn as_many_give_way_as_are_needed_and_none_in_vain() {
         }
         assert_eq!(gate.next(at(0)).is_some(), kept == 3);
     }
+}
+
+#[test]
+fn nobody_gives_way_beside_one_who_is_leaving_or_where_it_would_not_do() {
+    let slots = limits::SUSPENDED_TASKS_MAX + 2;
+    let gate = || {
+        let mut gate = Admission::new(Rules { slots, ..roomy() });
+        for i in 0..slots {
+            accepted(offer(&mut gate, 0, of("mes", &format!("m{i}"), 3)).0);
+            started(&mut gate, 0);
+        }
+        gate
+    };
+    let mut cancelled = gate();
+    cancelled.cancel(at(0), &of("mes", "m0", 3).key, &reply("x"));
+    accepted(offer(&mut cancelled, 0, of("ops", "high", 8)).0);
+    assert_eq!(cancelled.yielding(at(0)), []);
+    // More than may be put aside would have to leave.
+    let mut large = gate();
+    let size = Size {
+        kv_tokens: 1000,
+        ..work().1
+    };
+    let (decision, _) = large.offer(at(0), of("ops", "high", 8), |_| Ok(((), size)));
+    accepted(decision);
+    assert_eq!(large.yielding(at(0)), []);
+    // Slots were taken away: what runs goes on.
+    let mut eased = gate();
+    accepted(offer(&mut eased, 0, of("ops", "high", 8)).0);
+    eased.ease(Level::Critical);
+    assert_eq!(eased.yielding(at(0)), []);
+}
+
+#[test]
+fn one_gives_way_as_long_as_it_has_not_waited_for_it() {
+    let yields = |begun: u64, asked: u64| {
+        let mut gate = Admission::new(roomy());
+        accepted(offer(&mut gate, 0, of("mes", "low", 3)).0);
+        started(&mut gate, begun);
+        accepted(offer(&mut gate, asked, of("ops", "high", 5)).0);
+        gate.yielding(at(asked)).len() == 1
+    };
+    // Two steps are thirty seconds of waiting; how long it ran doesn't count.
+    assert!(yields(0, 500) && yields(29, 500));
+    assert!(!yields(31, 31) && !yields(31, 500));
+}
+
+#[test]
+fn a_sender_has_his_share_of_half_a_queue() {
+    let mut gate = Admission::new(Rules {
+        queue_tasks_max: 16,
+        queue_bytes_max: 4000,
+        share: share(12, 9),
+        ..rules()
+    });
+    gate.ease(Level::Strained);
+    let flood = (0..12).filter(|i| {
+        let (decision, _) = offer(&mut gate, 0, of("mes", &format!("m{i}"), 5));
+        gate.next(at(0));
+        matches!(decision, Decision::Accepted(_))
+    });
+    assert_eq!(flood.count(), 1 + 6);
+    accepted(offer(&mut gate, 0, of("ops", "o", 5)).0);
 }
 
 #[test]
@@ -696,7 +759,7 @@ fn only_so_many_are_put_aside() {
     }
     let mut aside = 0;
     loop {
-        let yielding: Vec<_> = std::iter::from_fn(|| gate.yielding()).collect();
+        let yielding = gate.yielding(at(0));
         if yielding.is_empty() {
             break;
         }
@@ -944,8 +1007,8 @@ impl Life {
                 }
             }
             Op::Yield => {
-                let more = self.gate.yielding();
-                assert!(more.is_none_or(|ticket| !self.yielding.contains(&ticket)));
+                let more = self.gate.yielding(at(self.now));
+                assert!(!more.iter().any(|ticket| self.yielding.contains(ticket)));
                 self.yielding.extend(more);
             }
             Op::Suspend => {
