@@ -8,7 +8,7 @@ use crate::journal::Mark;
 use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
 use crate::worker::{Load, Prepare};
-use millwright_task::wire::{self, Code, Format, Refusal, Reply};
+use millwright_task::wire::{self, Code, Refusal, Reply};
 use serde_json::json;
 
 impl<P: Prepare> Dispatcher<P> {
@@ -19,6 +19,7 @@ impl<P: Prepare> Dispatcher<P> {
             ticket,
             is_last_word,
             topic,
+            format,
             reason,
             forbidden,
         } = lost;
@@ -41,7 +42,7 @@ impl<P: Prepare> Dispatcher<P> {
         let reply = Reply {
             topic: default,
             correlation: None,
-            format: Format::Json,
+            format,
         };
         let post = self
             .admission
