@@ -69,6 +69,13 @@ fn crates_see_only_what_they_may() {
     }
 }
 
+/// Users copy it: nothing in it may need the rest of this workspace.
+#[test]
+fn the_example_client_needs_little() {
+    let needs = ["anyhow", "clap", "millwright-task", "rumqttc"];
+    assert_eq!(dependencies("deploy/client"), needs);
+}
+
 #[test]
 fn policy_has_no_clock_and_no_socket() {
     never(
@@ -97,6 +104,7 @@ fn unsafe_lives_in_the_kernels_and_the_map_alone() {
         "agent/task/src",
         "agent/daemon/src",
         "models/forge/src",
+        "deploy/client/src",
         "deploy/demo/src",
     ] {
         never(folder, &["unsafe {", "unsafe fn"]);

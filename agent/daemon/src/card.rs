@@ -79,7 +79,7 @@ pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec
     bytes(&json!({
         "gateway": gateway.name, "site": gateway.site, "area": gateway.area, "line": gateway.line,
         "base": config.base.to_string(), "pools": [], "protocols": [1], "agent": env!("CARGO_PKG_VERSION"),
-        "content_types": [wire::Format::Json.content_type()],
+        "content_types": wire::Format::ALL.map(wire::Format::content_type),
         "model": model, "kinds": kinds, "fields": wire::FIELDS, "templates": [], "adapters": [],
         "limits": {
             "context_tokens": context, "max_tokens": tasks.tokens_max, "max_tokens_default": tasks.tokens_default,

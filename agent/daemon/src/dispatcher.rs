@@ -590,7 +590,7 @@ fn outgoing(post: Post) -> Outgoing {
     Outgoing {
         correlation: post.reply.correlation,
         event: Some(post.event),
-        content_type: Some(post.reply.format.content_type()),
+        format: post.reply.format,
         ..Outgoing::json(post.reply.topic, post.bytes)
     }
 }

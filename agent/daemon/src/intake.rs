@@ -60,7 +60,7 @@ fn cancel(decoder: &Decoder, envelope: &Envelope<'_>) -> Wish {
     let reply = |task: &str| Reply {
         topic: decoder.base.result(envelope.sender, task),
         correlation: None,
-        format: Format::Json,
+        format: Format::of(envelope.content_type).unwrap_or(Format::Json),
     };
     match decode_cancel(envelope) {
         Ok(cancel) => {

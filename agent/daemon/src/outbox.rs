@@ -8,7 +8,7 @@ use millwright_task::job::Ticket;
 use millwright_task::limits::{
     INFLIGHT_MAX, OUTBOX_BYTES_MAX, OUTBOX_EVENTS_MAX, OUTBOX_RESERVE_BYTES, OUTBOX_RESERVE_EVENTS,
 };
-use millwright_task::wire::Key;
+use millwright_task::wire::{Format, Key};
 use rumqttc::v5::mqttbytes::v5::PubAckReason;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -63,6 +63,7 @@ pub struct Undeliverable {
     /// It was the last word already.
     pub is_last_word: bool,
     pub topic: String,
+    pub format: Format,
     pub reason: String,
     /// The broker doesn't let us publish there.
     pub forbidden: bool,
@@ -231,7 +232,7 @@ impl Outbox {
 
     fn give_up(&mut self, at: usize, reason: String, forbidden: bool) -> Option<Undeliverable> {
         let entry = self.remove(at)?;
-        let topic = entry.message.topic;
+        let Outgoing { topic, format, .. } = entry.message;
         let is_last_word = matches!(entry.purpose, Purpose::LastWord { .. });
         match entry.purpose {
             Purpose::Answer { key, ticket } | Purpose::LastWord { key, ticket } => {
@@ -240,6 +241,7 @@ impl Outbox {
                     ticket,
                     is_last_word,
                     topic,
+                    format,
                     reason,
                     forbidden,
                 })

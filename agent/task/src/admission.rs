@@ -244,7 +244,12 @@ impl<W> Admission<W> {
                 self.say_alone(now, &task.key, &task.reply, body),
             ));
         };
-        let (key, reply, event) = (task.key.clone(), task.reply.clone(), recalled.event);
+        let (key, event) = (task.key.clone(), recalled.event);
+        // Byte for byte what was said, so in the form in which it was said.
+        let reply = Reply {
+            format: recalled.format,
+            ..task.reply.clone()
+        };
         let (ticket, class) = (recalled.ticket, crate::job::Class::Final);
         Some((
             Decision::Recalled,
@@ -510,8 +515,8 @@ impl<W> Admission<W> {
 
     fn remember(&mut self, now: Now, task_digest: [u8; 32], post: &mut Post) {
         post.remembered = Some(task_digest);
-        let bytes = post.bytes.clone();
-        let recalled = Recalled::new(post.ticket, now.own, task_digest, post.event, bytes);
+        let (format, bytes) = (post.reply.format, post.bytes.clone());
+        let recalled = Recalled::new(post.ticket, now.own, task_digest, post.event, format, bytes);
         self.recall.put(now.own, post.key.clone(), recalled);
     }
 

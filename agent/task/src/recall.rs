@@ -2,7 +2,7 @@
 //! bytes; at the byte bound the oldest texts go first and their outcomes stay. Never judges a task.
 
 use crate::job::Ticket;
-use crate::wire::Key;
+use crate::wire::{Format, Key};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub struct Recalled {
     pub task_digest: [u8; 32],
     /// The final event's name.
     pub event: &'static str,
+    /// Of its bytes: they are answered as they are, whatever form the question has next time.
+    pub format: Format,
     pub bytes_len: usize,
     /// The payload; `None` once it had to go.
     pub bytes: Option<Vec<u8>>,
@@ -59,12 +61,14 @@ impl Recalled {
         at: Duration,
         task_digest: [u8; 32],
         event: &'static str,
+        format: Format,
         bytes: Vec<u8>,
     ) -> Self {
         Self {
             ticket,
             task_digest,
             event,
+            format,
             bytes_len: bytes.len(),
             bytes: Some(bytes),
             at,
@@ -207,7 +211,8 @@ mod tests {
     }
 
     fn done(i: u32, at: Duration, len: usize) -> Recalled {
-        Recalled::new(Ticket(i.into()), at, [0; 32], "done", vec![b'x'; len])
+        let (ticket, text) = (Ticket(i.into()), vec![b'x'; len]);
+        Recalled::new(ticket, at, [0; 32], "done", Format::Json, text)
     }
 
     #[test]

@@ -1,14 +1,18 @@
 //! Bytes to tasks and cancels, events to bytes. Judges form and bounds of one message; never whether there
-//! is room to run it. JSON is the one form today; the compact form takes its place beside it in [`Format`].
+//! is room to run it. There are two forms, JSON and the compact one, and one set of checks.
 
 mod cancel;
+mod compact;
 mod event;
 mod fields;
+mod json;
 mod task;
 
 pub use cancel::{Cancel, decode_cancel};
+pub use compact::{CancelV1, TaskV1};
 pub use event::{
-    Body, Clock, Code, Event, Finish, Partial, Provenance, Refusal, Timing, Usage, decode_event,
+    Body, Clock, Code, Event, EventError, Finish, Partial, Provenance, Refusal, Timing, Usage,
+    decode_event,
 };
 pub use task::{Bounds, Decoder, FIELDS, Kind, Message, Refused, Sampling, Task};
 
@@ -48,24 +52,39 @@ pub struct Reply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Json,
+    /// The compact form, version 1.
+    Postcard,
 }
 
 impl Format {
+    pub const ALL: [Self; 2] = [Self::Json, Self::Postcard];
+
     /// The form named by a content type; absent means JSON.
     pub fn of(content_type: Option<&str>) -> Option<Self> {
         let Some(text) = content_type else {
             return Some(Self::Json);
         };
         let essence = text.split(';').next().unwrap_or(text).trim();
-        essence
-            .eq_ignore_ascii_case("application/json")
-            .then_some(Self::Json)
+        let named = |format: &Self| essence.eq_ignore_ascii_case(format.content_type());
+        Self::ALL.into_iter().find(named)
+    }
+
+    /// What a content type must be.
+    fn expected() -> String {
+        let names = Self::ALL.map(Self::content_type);
+        format!("the content type must be {}", names.join(" or "))
     }
 
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Json => "application/json",
+            Self::Postcard => "application/vnd.millwright.v1+postcard",
         }
+    }
+
+    /// Whether payloads are UTF-8: MQTT's Payload Format Indicator.
+    pub fn is_text(self) -> bool {
+        self == Self::Json
     }
 
     /// An event in this form.
@@ -73,6 +92,7 @@ impl Format {
         match self {
             // Events hold strings, integers and finite numbers under string keys: nothing that JSON lacks.
             Self::Json => serde_json::to_vec(event).unwrap_or_default(),
+            Self::Postcard => compact::encode_event(event),
         }
     }
 }
@@ -145,6 +165,10 @@ mod tests {
         );
         assert_eq!(
             Format::of(Some("application/vnd.millwright.v1+postcard")),
+            Some(Format::Postcard)
+        );
+        assert_eq!(
+            Format::of(Some("application/vnd.millwright.v2+postcard")),
             None
         );
         assert_eq!(Format::of(Some("")), None);

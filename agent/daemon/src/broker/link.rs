@@ -3,6 +3,7 @@
 
 use super::{Lost, Receipt};
 use millwright_task::limits::{INFLIGHT_MAX, REQUESTS_MAX};
+use millwright_task::wire::Format;
 use rumqttc::v5::AsyncClient;
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{Filter, Publish, PublishProperties, RetainForwardRule};
@@ -23,7 +24,7 @@ pub struct Outgoing {
     pub correlation: Option<Vec<u8>>,
     /// The user property `event`.
     pub event: Option<&'static str>,
-    pub content_type: Option<&'static str>,
+    pub format: Format,
     /// Where an answer is wanted.
     pub response_topic: Option<String>,
     /// Seconds after which the broker forgets it.
@@ -39,7 +40,7 @@ impl Outgoing {
             retain: false,
             correlation: None,
             event: None,
-            content_type: Some("application/json"),
+            format: Format::Json,
             response_topic: None,
             expiry: None,
         }
@@ -47,7 +48,7 @@ impl Outgoing {
 
     fn properties(&self) -> PublishProperties {
         PublishProperties {
-            payload_format_indicator: Some(1),
+            payload_format_indicator: self.format.is_text().then_some(1),
             message_expiry_interval: self.expiry,
             topic_alias: None,
             response_topic: self.response_topic.clone(),
@@ -58,7 +59,7 @@ impl Outgoing {
                 .into_iter()
                 .collect(),
             subscription_identifiers: Vec::new(),
-            content_type: self.content_type.map(str::to_owned),
+            content_type: Some(self.format.content_type().to_owned()),
         }
     }
 }

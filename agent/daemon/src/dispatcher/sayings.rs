@@ -9,7 +9,7 @@ use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
 use crate::worker::{Load, Prepare};
 use millwright_task::pressure::Level;
-use millwright_task::wire::{self, Code, Format, Refusal, Reply};
+use millwright_task::wire::{self, Code, Refusal, Reply};
 use serde_json::json;
 
 impl<P: Prepare> Dispatcher<P> {
@@ -20,6 +20,7 @@ impl<P: Prepare> Dispatcher<P> {
             ticket,
             is_last_word,
             topic,
+            format,
             reason,
             forbidden,
         } = lost;
@@ -42,7 +43,7 @@ impl<P: Prepare> Dispatcher<P> {
         let reply = Reply {
             topic: default,
             correlation: None,
-            format: Format::Json,
+            format,
         };
         let post = self
             .admission

@@ -56,6 +56,7 @@ pub(super) struct ReplyRow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum FormatRow {
     Json,
+    Postcard,
 }
 
 /// What happened to an accepted task since.
@@ -74,6 +75,7 @@ pub(super) struct SaidRow {
     task: String,
     event: String,
     at_ms: u64,
+    /// Its format is that of `bytes`.
     reply: ReplyRow,
     /// Of the task, where the event is to be remembered.
     remembered: Option<[u8; 32]>,
@@ -217,6 +219,7 @@ impl ReplyRow {
             correlation: reply.correlation.clone(),
             format: match reply.format {
                 Format::Json => FormatRow::Json,
+                Format::Postcard => FormatRow::Postcard,
             },
         }
     }
@@ -225,9 +228,16 @@ impl ReplyRow {
         Reply {
             topic: self.topic,
             correlation: self.correlation,
-            format: match self.format {
-                FormatRow::Json => Format::Json,
-            },
+            format: self.format.format(),
+        }
+    }
+}
+
+impl FormatRow {
+    fn format(self) -> Format {
+        match self {
+            Self::Json => Format::Json,
+            Self::Postcard => Format::Postcard,
         }
     }
 }
@@ -269,6 +279,7 @@ impl SaidRow {
             ticket,
             task_digest,
             event: self.event()?,
+            format: self.reply.format.format(),
             bytes_len: self.bytes_len as usize,
             bytes: self.bytes.clone(),
             at: Duration::from_millis(self.at_ms),

@@ -69,6 +69,12 @@ fn post(ticket: u64, id: &str, remembered: bool) -> Post {
     }
 }
 
+/// The same, said in the compact form.
+fn compact(mut post: Post) -> Post {
+    post.reply.format = Format::Postcard;
+    post
+}
+
 fn accepted(ticket: u64, id: &str) -> Change {
     Change::Accepted {
         ticket: Ticket(ticket),
@@ -148,6 +154,20 @@ fn an_answer_is_kept_until_it_is_delivered_and_remembered_beyond() {
     assert_eq!((unsent(&past), past.finals.len()), (vec![2], 0));
     let past = after(&[&refused, &[Change::Delivered(Ticket(2))]]);
     assert_eq!((unsent(&past), past.last), (vec![], Ticket(2)));
+}
+
+#[test]
+fn bytes_come_back_with_the_form_they_are_in() {
+    let all = ["json", "compact"].map(|id| post(1 + id.len() as u64, id, true));
+    let [json, compact] = [all[0].clone(), compact(all[1].clone())];
+    let said = |post: &Post| Change::Said {
+        post: post.clone(),
+        at: Duration::ZERO,
+    };
+    let past = after(&[&[said(&json), said(&compact)]]);
+    let formats: Vec<_> = past.finals.iter().map(|(_, r)| r.format).collect();
+    assert_eq!(formats, [Format::Json, Format::Postcard]);
+    assert_eq!(past.unsent, [json, compact]);
 }
 
 #[test]
@@ -326,6 +346,11 @@ fn rows_are_frozen() {
         Duration::from_secs(1),
     ));
     assert_eq!(hex(&row), include_str!("frozen/said").trim());
+    let row = record::encode(&record::SaidRow::new(
+        &compact(post(1, "a", true)),
+        Duration::from_secs(1),
+    ));
+    assert_eq!(hex(&row), include_str!("frozen/said-compact").trim());
     let mut note = record::NoteRow::default();
     (note.begun, note.cancelled) = (3, true);
     note.move_to(&reply("x"));

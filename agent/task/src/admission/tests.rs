@@ -282,6 +282,40 @@ fn a_resent_task_runs_once_and_is_answered_with_the_same_bytes() {
 }
 
 #[test]
+fn a_task_resent_in_the_other_form_is_answered_in_the_newest_while_it_runs_and_in_the_stored_one_after()
+ {
+    let compact = |id: &str| Task {
+        reply: Reply {
+            format: Format::Postcard,
+            ..reply("elsewhere")
+        },
+        ..task(id)
+    };
+    let mut gate = Admission::new(rules());
+    offer(&mut gate, 0, task("a"));
+    let (decision, said) = gate.offer(at(1), compact("a"), |_| panic!("prepared twice"));
+    assert_eq!(
+        (decision, said.reply.format, said.bytes[0]),
+        (Decision::Repeated { moved: true }, Format::Postcard, 1)
+    );
+    let (ticket, (), _) = gate.next(at(1)).unwrap();
+    let last = gate.finish(at(2), ticket, done("text")).unwrap();
+    assert_eq!((last.reply.format, last.bytes[0]), (Format::Postcard, 1));
+    let (decision, again) = gate.offer(at(3), task("a"), |_| panic!("prepared twice"));
+    assert_eq!(decision, Decision::Recalled);
+    assert_eq!(
+        (&again.bytes, again.reply),
+        (
+            &last.bytes,
+            Reply {
+                format: Format::Postcard,
+                ..reply("a")
+            }
+        )
+    );
+}
+
+#[test]
 fn another_task_under_a_running_id_is_a_conflict() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("a"));
@@ -1100,7 +1134,8 @@ impl Life {
 
     fn remember(&mut self, post: &Post) {
         let now = Duration::from_secs(self.now);
-        let recalled = Recalled::new(post.ticket, now, [1; 32], post.event, post.bytes.clone());
+        let (format, bytes) = (post.reply.format, post.bytes.clone());
+        let recalled = Recalled::new(post.ticket, now, [1; 32], post.event, format, bytes);
         self.finals.push((post.key.clone(), recalled));
     }
 

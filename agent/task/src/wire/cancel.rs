@@ -1,7 +1,7 @@
-//! A cancel message: `{"task": "…"}`. Knows its form; not whether there is such a task.
+//! A cancel message, in whatever form it came. Knows its form; not whether there is such a task.
 
+use super::compact::CancelV1;
 use super::event::{Code, Refusal};
-use super::fields::Fields;
 use super::{Envelope, Format, Key, echo, id_is_plain};
 use crate::limits::PAYLOAD_BYTES_MAX;
 
@@ -21,20 +21,16 @@ pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
         ));
     }
     let Some(format) = Format::of(envelope.content_type) else {
-        return Err(Refusal::new(
-            Code::Unsupported,
-            "the content type must be application/json".into(),
-        ));
+        return Err(Refusal::new(Code::Unsupported, Format::expected()));
     };
     if envelope.payload.len() > PAYLOAD_BYTES_MAX {
         let reason = format!("the payload has {} bytes", envelope.payload.len());
         return Err(Refusal::new(Code::TooLarge, reason).with_limit(PAYLOAD_BYTES_MAX as u64));
     }
-    let mut fields = Fields::parse(envelope.payload)?;
-    fields.only(&["task"])?;
-    let task = fields
-        .text("task")?
-        .ok_or_else(|| Refusal::field("task", "is missing"))?;
+    let CancelV1 { task } = match format {
+        Format::Json => CancelV1::from_json(envelope.payload)?,
+        Format::Postcard => CancelV1::from_compact(envelope.payload)?,
+    };
     if !id_is_plain(&task) {
         return Err(Refusal::field(
             "task",

@@ -1,7 +1,11 @@
-//! What the agent says about a task. Consumers ignore fields they don't know; so does [`decode_event`].
+//! What the agent says about a task, and what it looks like in JSON. Consumers ignore fields they don't know there; so does
+//! [`decode_event`].
+//!
+//! [`Clock`], [`Finish`], [`Usage`], [`Timing`], [`Provenance`], [`Partial`] and [`Code`] stand in the compact form as they
+//! are and so are frozen: a new code goes last, a new field makes a struct of its own there.
 
-use crate::calendar;
-use crate::{Now, wire::Key};
+use super::{Key, compact};
+use crate::Now;
 use serde::{Deserialize, Serialize};
 
 /// One event, as it stands in its payload.
@@ -14,8 +18,9 @@ pub struct Event {
     pub run: String,
     /// Rises within a run; may skip.
     pub seq: u64,
-    /// RFC 3339, UTC.
-    pub at: String,
+    /// Since 1970; in JSON `at`, an RFC 3339 time in UTC.
+    #[serde(rename = "at", with = "rfc3339")]
+    pub at_ms: u64,
     pub clock: Clock,
     #[serde(flatten)]
     pub body: Body,
@@ -29,7 +34,7 @@ impl Event {
             gateway: gateway.to_owned(),
             run: run.to_owned(),
             seq,
-            at: calendar::format(now.wall_ms),
+            at_ms: now.wall_ms,
             clock: if now.synced {
                 Clock::Synced
             } else {
@@ -270,9 +275,44 @@ impl Code {
     }
 }
 
-/// An event in JSON, as clients read it.
-pub fn decode_event(payload: &[u8]) -> Result<Event, serde_json::Error> {
-    serde_json::from_slice(payload)
+/// Why bytes are no event.
+#[derive(Debug, thiserror::Error)]
+pub enum EventError {
+    #[error("it is no event in JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("it is no event in the compact form: {0}")]
+    Postcard(#[from] postcard::Error),
+    #[error("it is of version {0} of the compact form, and this reads 1")]
+    Version(u8),
+    #[error("{0} bytes follow the event")]
+    Trailing(usize),
+    #[error("its tokens_per_s is no number")]
+    NotFinite,
+}
+
+/// An event out of its payload, in either form. They can't be mistaken for each other: no JSON begins with a version byte.
+pub fn decode_event(payload: &[u8]) -> Result<Event, EventError> {
+    match payload.split_first() {
+        Some((&version, rest)) if version < b'\t' => compact::decode_event(version, rest),
+        _ => Ok(serde_json::from_slice(payload)?),
+    }
+}
+
+/// Milliseconds since 1970 as JSON has them.
+mod rfc3339 {
+    use crate::calendar;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde calls it so
+    pub(super) fn serialize<S: Serializer>(ms: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&calendar::format(*ms))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        calendar::parse(&text).ok_or_else(|| D::Error::custom("`at` is no RFC 3339 time"))
+    }
 }
 
 #[cfg(test)]

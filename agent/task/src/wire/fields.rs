@@ -1,12 +1,11 @@
 //! One JSON object, read field by field: every error names its field, no field appears twice, and what
-//! nobody took is refused by name. Knows JSON types and bounds; not what the fields mean.
+//! nobody took is refused by name. Knows JSON types; not what the fields mean.
 
 use super::echo;
 use super::event::{Code, Refusal};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::fmt;
-use std::ops::RangeInclusive;
 
 /// The fields of an object that haven't been taken yet.
 #[derive(Debug)]
@@ -68,40 +67,22 @@ impl Fields {
         }
     }
 
-    pub(super) fn integer(
-        &mut self,
-        name: &str,
-        range: RangeInclusive<u64>,
-    ) -> Result<Option<u64>, Refusal> {
+    pub(super) fn whole(&mut self, name: &str) -> Result<Option<u64>, Refusal> {
         let Some(value) = self.take(name) else {
             return Ok(None);
         };
-        let n = value
-            .as_u64()
-            .ok_or_else(|| wrong(&self.at(name), "a whole number", &value))?;
-        if !range.contains(&n) {
-            let reason = format!("is {n}; it must be {} to {}", range.start(), range.end());
-            return Err(Refusal::field(&self.at(name), &reason).with_limit(*range.end()));
-        }
-        Ok(Some(n))
+        let n = value.as_u64();
+        n.map(Some)
+            .ok_or_else(|| wrong(&self.at(name), "a whole number", &value))
     }
 
-    pub(super) fn number(
-        &mut self,
-        name: &str,
-        range: RangeInclusive<f64>,
-    ) -> Result<Option<f32>, Refusal> {
+    pub(super) fn number(&mut self, name: &str) -> Result<Option<f32>, Refusal> {
         let Some(value) = self.take(name) else {
             return Ok(None);
         };
-        let x = value
-            .as_f64()
-            .ok_or_else(|| wrong(&self.at(name), "a number", &value))?;
-        if !range.contains(&x) {
-            let reason = format!("is {x}; it must be {} to {}", range.start(), range.end());
-            return Err(Refusal::field(&self.at(name), &reason));
-        }
-        Ok(Some(x as f32))
+        let x = value.as_f64();
+        x.map(|x| Some(x as f32))
+            .ok_or_else(|| wrong(&self.at(name), "a number", &value))
     }
 
     /// Refuses the first field that nobody took; call it when all known ones are known by name.

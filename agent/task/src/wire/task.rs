@@ -1,19 +1,18 @@
-//! A task message, field by field. A refusal knows where it may be answered: the reply topic as soon as that
-//! is known to be allowed, the default topic before.
+//! A task message, checked field by field, in whatever form it came. A refusal knows where it may be answered: the
+//! reply topic as soon as that is known to be allowed, the default topic before.
 
+use super::compact::TaskV1;
 use super::event::{Code, Refusal};
-use super::fields::{Fields, wrong};
 use super::{Envelope, Format, Key, Reply, echo, id_is_plain};
+use crate::Now;
 use crate::limits::{
-    CORRELATION_BYTES_MAX, MESSAGES_MAX, PRIORITY_DEFAULT, PRIORITY_MAX, SEED_MAX, STOP_BYTES_MAX,
-    STOPS_MAX,
+    CORRELATION_BYTES_MAX, PRIORITY_DEFAULT, PRIORITY_MAX, SEED_MAX, STOP_BYTES_MAX,
 };
 use crate::topic::{Base, INVALID_TASK, ReplyRules};
-use crate::{Now, calendar};
 use serde::Serialize;
-use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// The fields of a task; the card lists them.
@@ -56,11 +55,20 @@ pub struct Task {
     pub bytes: usize,
 }
 
+/// Frozen: it stands in the compact form and, as JSON, in the digests that the journal keeps. A new kind goes last.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     Generate { prompt: String },
     Chat { messages: Vec<Message> },
+}
+
+impl Default for Kind {
+    fn default() -> Self {
+        Self::Generate {
+            prompt: String::new(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -132,10 +140,7 @@ impl Decoder {
             );
         }
         if Format::of(envelope.content_type).is_none() {
-            return Err(Refusal::new(
-                Code::Unsupported,
-                "the content type must be application/json".into(),
-            ));
+            return Err(Refusal::new(Code::Unsupported, Format::expected()));
         }
         let (bytes, limit) = (envelope.payload.len(), self.bounds.payload_bytes_max);
         if bytes > limit {
@@ -153,9 +158,13 @@ impl Decoder {
     ) -> Result<Task, Refusal> {
         let response_topic = address.claim_topic(envelope.response_topic, "the Response Topic");
         self.judge_envelope(envelope)?;
-        let fields = &mut Fields::parse(envelope.payload)?;
+        let mut raw = TaskV1::default();
+        let read = match address.format {
+            Format::Json => raw.read_json(envelope.payload),
+            Format::Postcard => raw.read_compact(envelope.payload),
+        };
         // Id and reply topic first: whatever else is wrong is then said where the sender listens.
-        if let Some(id) = fields.text("id")? {
+        if let Some(id) = raw.id.take() {
             if !id_is_plain(&id) {
                 let reason = format!("must be 1 to 64 of A-Z a-z 0-9 _ - . and is {}", echo(&id));
                 return Err(Refusal::field("id", &reason));
@@ -169,36 +178,45 @@ impl Decoder {
                 "a task must not be published with RETAIN".into(),
             ));
         }
-        let reply_to = fields.text("reply_to")?;
         if envelope.response_topic.is_none() {
-            address.claim_topic(reply_to.as_deref(), "`reply_to`")?;
+            address.claim_topic(raw.reply_to.as_deref(), "`reply_to`")?;
         }
-        fields.only(&FIELDS)?;
+        read?;
         if address.id.is_none() {
             return Err(Refusal::field(
                 "id",
                 "is missing, and there is no Correlation Data of 1 to 32 bytes instead",
             ));
         }
-        let kind = kind(fields)?;
-        let max_tokens = fields.integer("max_tokens", 1..=self.bounds.tokens_max as u64)?;
-        let stop = stops(fields)?;
+        self.judge(now, envelope, raw, address)
+    }
+
+    /// Whether what was written is within bounds, whatever form it was written in.
+    fn judge(
+        &self,
+        now: Now,
+        envelope: &Envelope<'_>,
+        raw: TaskV1,
+        address: &Address<'_>,
+    ) -> Result<Task, Refusal> {
+        judge_kind(&raw.kind)?;
+        let tokens_max = self.bounds.tokens_max as u64;
+        let max_tokens = integer("max_tokens", raw.max_tokens, 1..=tokens_max)?;
+        judge_stops(&raw.stop)?;
         let sampling = Sampling {
-            temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(0.0),
-            top_k: fields.integer("top_k", 0..=1_000_000)?.unwrap_or(0) as usize,
-            top_p: fields
-                .number("top_p", f64::from(f32::MIN_POSITIVE)..=1.0)?
+            temperature: within("temperature", raw.temperature, 0.0..=2.0)?.unwrap_or(0.0),
+            top_k: integer("top_k", raw.top_k, 0..=1_000_000)?.unwrap_or(0) as usize,
+            top_p: within("top_p", raw.top_p, f32::MIN_POSITIVE..=1.0)?.unwrap_or(1.0),
+            min_p: within("min_p", raw.min_p, 0.0..=1.0)?.unwrap_or(0.0),
+            repeat_penalty: within("repeat_penalty", raw.repeat_penalty, 0.1..=10.0)?
                 .unwrap_or(1.0),
-            min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(0.0),
-            repeat_penalty: fields.number("repeat_penalty", 0.1..=10.0)?.unwrap_or(1.0),
-            seed: fields.integer("seed", 0..=SEED_MAX)?,
+            seed: integer("seed", raw.seed, 0..=SEED_MAX)?,
         };
-        let priority = fields
-            .integer("priority", 0..=u64::from(PRIORITY_MAX))?
+        let priority = integer("priority", raw.priority, 0..=u64::from(PRIORITY_MAX))?
             .unwrap_or(u64::from(PRIORITY_DEFAULT));
-        let stream = fields.flag("stream")?.unwrap_or(false);
-        let deadline = self.deadline(now, envelope.expiry, fields)?;
+        let deadline = self.deadline(now, envelope.expiry, &raw)?;
         let max_tokens = max_tokens.map_or(self.bounds.tokens_default, |n| n as usize);
+        let (kind, stop, stream) = (raw.kind, raw.stop, raw.stream);
         let digest = digest(&(&kind, max_tokens, &stop, &sampling, priority, stream));
         let (key, reply) = address.resolve();
         Ok(Task {
@@ -222,31 +240,20 @@ impl Decoder {
         &self,
         now: Now,
         expiry: Option<Duration>,
-        fields: &mut Fields,
+        raw: &TaskV1,
     ) -> Result<Duration, Refusal> {
         let longest = self.bounds.deadline_max.as_millis() as u64;
-        let relative = fields
-            .integer("deadline_ms", 1..=longest)?
-            .map(Duration::from_millis);
-        let absolute = match fields.text("expires_at")? {
-            None => None,
-            Some(text) => {
-                let at = calendar::parse(&text).ok_or_else(|| {
-                    Refusal::field(
-                        "expires_at",
-                        &format!("is no RFC 3339 time: {}", echo(&text)),
-                    )
-                })?;
-                if !now.synced {
-                    let reason = "this gateway's clock is not synchronised: use deadline_ms".into();
-                    return Err(Refusal {
-                        field: Some("expires_at".into()),
-                        ..Refusal::new(Code::ClockUnsynced, reason)
-                    });
-                }
-                Some(Duration::from_millis(at.saturating_sub(now.wall_ms)))
-            }
-        };
+        let relative = integer("deadline_ms", raw.deadline_ms, 1..=longest)?;
+        let relative = relative.map(Duration::from_millis);
+        if raw.expires_at_ms.is_some() && !now.synced {
+            let reason = "this gateway's clock is not synchronised: use deadline_ms".into();
+            return Err(Refusal {
+                field: Some("expires_at".into()),
+                ..Refusal::new(Code::ClockUnsynced, reason)
+            });
+        }
+        let absolute = raw.expires_at_ms.map(|at| at.saturating_sub(now.wall_ms));
+        let absolute = absolute.map(Duration::from_millis);
         let left = [relative, absolute, expiry]
             .into_iter()
             .flatten()
@@ -263,6 +270,8 @@ struct Address<'a> {
     correlation: Option<Vec<u8>>,
     id: Option<String>,
     topic: Option<String>,
+    /// The question's, and so the answer's; JSON where it has a form that we don't know.
+    format: Format,
 }
 
 impl<'a> Address<'a> {
@@ -277,6 +286,7 @@ impl<'a> Address<'a> {
             correlation: usable.map(<[u8]>::to_vec),
             id,
             topic: None,
+            format: Format::of(envelope.content_type).unwrap_or(Format::Json),
         }
     }
 
@@ -299,7 +309,7 @@ impl<'a> Address<'a> {
         let reply = Reply {
             topic,
             correlation: self.correlation.clone(),
-            format: Format::Json,
+            format: self.format,
         };
         (
             Key {
@@ -320,89 +330,76 @@ impl<'a> Address<'a> {
     }
 }
 
-fn kind(fields: &mut Fields) -> Result<Kind, Refusal> {
-    let kind = fields
-        .text("kind")?
-        .ok_or_else(|| Refusal::field("kind", "is missing: generate or chat"))?;
-    let (prompt, messages) = (fields.text("prompt")?, fields.take("messages"));
-    match (kind.as_str(), prompt, messages) {
-        ("generate", Some(prompt), None) if prompt.is_empty() => {
-            Err(Refusal::field("prompt", "is empty"))
+/// What must hold of a text to go on with.
+fn judge_kind(kind: &Kind) -> Result<(), Refusal> {
+    match kind {
+        Kind::Generate { prompt } if prompt.is_empty() => Err(Refusal::field("prompt", "is empty")),
+        Kind::Generate { .. } => Ok(()),
+        Kind::Chat { messages } if messages.is_empty() => {
+            Err(Refusal::field("messages", "is empty"))
         }
-        ("generate", Some(prompt), None) => Ok(Kind::Generate { prompt }),
-        ("generate", None, _) => Err(Refusal::field("prompt", "is missing")),
-        ("generate", _, Some(_)) => Err(Refusal::field(
-            "messages",
-            "belongs to kind chat, not to generate",
-        )),
-        ("chat", None, Some(list)) => Ok(Kind::Chat {
-            messages: messages_of(list)?,
-        }),
-        ("chat", _, None) => Err(Refusal::field("messages", "is missing")),
-        ("chat", Some(_), _) => Err(Refusal::field(
-            "prompt",
-            "belongs to kind generate, not to chat",
-        )),
-        _ => {
-            let reason = format!("`kind` must be generate or chat, not {}", echo(&kind));
-            Err(Refusal {
-                field: Some("kind".into()),
-                ..Refusal::new(Code::Unsupported, reason)
-            })
+        Kind::Chat { messages } => {
+            let known = |role: &str| matches!(role, "system" | "user" | "assistant");
+            let wrong = |(i, m): (usize, &Message)| {
+                let reason = format!("must be system, user or assistant, not {}", echo(&m.role));
+                Refusal::field(&format!("messages[{i}].role"), &reason)
+            };
+            let found = messages.iter().enumerate().find(|(_, m)| !known(&m.role));
+            found.map_or(Ok(()), |found| Err(wrong(found)))
         }
     }
 }
 
-fn messages_of(list: Value) -> Result<Vec<Message>, Refusal> {
-    let Value::Array(list) = list else {
-        return Err(wrong("messages", "an array", &list));
-    };
-    if list.is_empty() {
-        return Err(Refusal::field("messages", "is empty"));
-    }
-    if list.len() > MESSAGES_MAX {
-        let reason = format!("has {} entries; {MESSAGES_MAX} are allowed", list.len());
-        return Err(Refusal::field("messages", &reason).with_limit(MESSAGES_MAX as u64));
-    }
-    let message = |(i, value)| {
-        let path = format!("messages[{i}]");
-        let mut fields = Fields::of(&path, value)?;
-        fields.only(&["role", "content"])?;
-        let mut text = |name: &str| {
-            fields
-                .text(name)?
-                .ok_or_else(|| Refusal::field(&format!("{path}.{name}"), "is missing"))
-        };
-        let (role, content) = (text("role")?, text("content")?);
-        if !matches!(role.as_str(), "system" | "user" | "assistant") {
-            let reason = format!("must be system, user or assistant, not {}", echo(&role));
-            return Err(Refusal::field(&format!("{path}.role"), &reason));
-        }
-        Ok(Message { role, content })
-    };
-    list.into_iter().enumerate().map(message).collect()
-}
-
-fn stops(fields: &mut Fields) -> Result<Vec<String>, Refusal> {
-    let list = match fields.take("stop") {
-        None => return Ok(Vec::new()),
-        Some(Value::String(one)) => vec![Value::String(one)],
-        Some(Value::Array(list)) => list,
-        Some(other) => return Err(wrong("stop", "a string or an array of strings", &other)),
-    };
-    if list.len() > STOPS_MAX {
-        let reason = format!("has {} entries; {STOPS_MAX} are allowed", list.len());
-        return Err(Refusal::field("stop", &reason).with_limit(STOPS_MAX as u64));
-    }
-    let stop = |(i, value)| match value {
-        Value::String(text) if (1..=STOP_BYTES_MAX).contains(&text.len()) => Ok(text),
-        Value::String(_) => Err(Refusal::field(
+fn judge_stops(stop: &[String]) -> Result<(), Refusal> {
+    let fits = |text: &String| (1..=STOP_BYTES_MAX).contains(&text.len());
+    match stop.iter().position(|text| !fits(text)) {
+        None => Ok(()),
+        Some(i) => Err(Refusal::field(
             &format!("stop[{i}]"),
             &format!("must have 1 to {STOP_BYTES_MAX} bytes"),
         )),
-        other => Err(wrong(&format!("stop[{i}]"), "a string", &other)),
-    };
-    list.into_iter().enumerate().map(stop).collect()
+    }
+}
+
+/// Bounds a list before it is read.
+pub(super) fn few(field: &str, len: u64, max: usize) -> Result<(), Refusal> {
+    if len <= max as u64 {
+        return Ok(());
+    }
+    let reason = format!("has {len} entries; {max} are allowed");
+    Err(Refusal::field(field, &reason).with_limit(max as u64))
+}
+
+pub(super) fn unknown_kind(kind: &str) -> Refusal {
+    let reason = format!("`kind` must be generate or chat, not {kind}");
+    Refusal {
+        field: Some("kind".into()),
+        ..Refusal::new(Code::Unsupported, reason)
+    }
+}
+
+fn integer(
+    field: &str,
+    n: Option<u64>,
+    range: RangeInclusive<u64>,
+) -> Result<Option<u64>, Refusal> {
+    let limit = *range.end();
+    within(field, n, range).map_err(|refusal| refusal.with_limit(limit))
+}
+
+/// A number in its range, where there is one. NaN is in none.
+fn within<N: PartialOrd + Display>(
+    field: &str,
+    n: Option<N>,
+    range: RangeInclusive<N>,
+) -> Result<Option<N>, Refusal> {
+    match n {
+        Some(n) if !range.contains(&n) => {
+            let reason = format!("is {n}; it must be {} to {}", range.start(), range.end());
+            Err(Refusal::field(field, &reason))
+        }
+        n => Ok(n),
+    }
 }
 
 fn digest(content: &impl Serialize) -> [u8; 32] {
@@ -410,7 +407,7 @@ fn digest(content: &impl Serialize) -> [u8; 32] {
     Sha256::digest(serde_json::to_vec(content).unwrap_or_default()).into()
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut out, b| {
         let _ = write!(out, "{b:02x}");
         out

@@ -1,9 +1,10 @@
 //! Tasks as senders write them, right and wrong.
 
 use super::*;
+use crate::calendar;
 use crate::topic::Base;
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const NOW: Now = Now {
     own: Duration::from_secs(100),
@@ -329,6 +330,25 @@ fn sameness_ignores_id_reply_and_deadline_and_nothing_else() {
         ("stop", json!("x")),
     ] {
         assert_ne!(decode(&with(field, value)).unwrap().digest, base, "{field}");
+    }
+}
+
+/// They are in journals that older versions wrote: the SHA-256 of this text.
+#[test]
+fn digests_stay_what_they_were() {
+    let tasks = [
+        (
+            json!({"id": "t", "kind": "generate", "prompt": "Hello"}),
+            r#"[{"generate":{"prompt":"Hello"}},64,[],{"temperature":0.0,"top_k":0,"top_p":1.0,"min_p":0.0,"repeat_penalty":1.0,"seed":null},5,false]"#,
+        ),
+        (
+            json!({"id": "t", "kind": "chat", "messages": [{"role": "user", "content": "Hi"}], "stop": "a", "temperature": 0.7}),
+            r#"[{"chat":{"messages":[{"role":"user","content":"Hi"}]}},64,["a"],{"temperature":0.7,"top_k":0,"top_p":1.0,"min_p":0.0,"repeat_penalty":1.0,"seed":null},5,false]"#,
+        ),
+    ];
+    for (task, text) in tasks {
+        let digest: [u8; 32] = Sha256::digest(text).into();
+        assert_eq!(decode(&task).unwrap().digest, digest, "{text}");
     }
 }
 

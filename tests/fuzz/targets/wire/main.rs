@@ -1,5 +1,6 @@
 //! What comes from the broker: a task, a cancel, an event, with its topic and properties. The input's first byte says
-//! which, and which properties there are; the rest is cut at zero bytes into them and the payload.
+//! which properties there are, and whether the form is the compact one; the rest is cut at zero bytes into them and the
+//! payload.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -9,7 +10,7 @@ use millwright_task::Now;
 use millwright_task::limits::{ECHO_BYTES_MAX, PAYLOAD_BYTES_MAX, TOKENS_MAX};
 use millwright_task::topic::{Base, ReplyRules};
 use millwright_task::wire::{
-    Bounds, Decoder, Envelope, decode_cancel, decode_event, echo, printable,
+    Bounds, Decoder, Envelope, Format, decode_cancel, decode_event, echo, printable,
 };
 use std::time::Duration;
 
@@ -40,11 +41,15 @@ fn read(input: &[u8]) {
     let text = |bytes: Option<&'_ [u8]>| bytes.map(|b| String::from_utf8_lossy(b).into_owned());
     let (content_type, response_topic) = (text(part(1)), text(part(2)));
     let correlation = part(4);
+    let content_type = match kind & 32 {
+        0 => content_type.as_deref(),
+        _ => Some(Format::Postcard.content_type()),
+    };
     let payload = parts.next().unwrap_or_default();
     let envelope = Envelope {
         sender: "mes",
         payload,
-        content_type: content_type.as_deref(),
+        content_type,
         response_topic: response_topic.as_deref(),
         correlation,
         expiry: (kind & 8 != 0).then_some(Duration::from_secs(u64::from(kind))),
@@ -66,6 +71,7 @@ fn read(input: &[u8]) {
         Ok(task) => {
             assert!(task.deadline > Duration::ZERO && task.max_tokens <= TOKENS_MAX);
             assert!(decoder.rules.check("mes", &task.reply.topic).is_ok());
+            assert_eq!(Some(task.reply.format), Format::of(content_type));
         }
         Err(refused) => {
             assert!(decoder.rules.check("mes", &refused.reply.topic).is_ok());
@@ -73,7 +79,10 @@ fn read(input: &[u8]) {
         }
     }
     let _ = decode_cancel(&envelope);
-    let _ = decode_event(payload);
+    if let Ok(event) = decode_event(payload) {
+        let again = decode_event(&Format::Postcard.encode(&event)).expect("its own bytes");
+        assert_eq!(again, event);
+    }
     let said = String::from_utf8_lossy(payload);
     let _ = decoder.base.inbound(&said);
     assert!(echo(&said).len() <= ECHO_BYTES_MAX);
