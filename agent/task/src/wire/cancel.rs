@@ -3,7 +3,7 @@
 use super::event::{Code, Refusal};
 use super::fields::Fields;
 use super::{Envelope, Format, Key, echo, id_is_plain};
-use crate::limits::PAYLOAD_BYTES_MAX;
+use crate::limits::CANCEL_BYTES_MAX;
 
 /// A sender's wish to stop one of its own tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,16 +20,7 @@ pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
             "a cancel must not be published with RETAIN".into(),
         ));
     }
-    let Some(format) = Format::of(envelope.content_type) else {
-        return Err(Refusal::new(
-            Code::Unsupported,
-            "the content type must be application/json".into(),
-        ));
-    };
-    if envelope.payload.len() > PAYLOAD_BYTES_MAX {
-        let reason = format!("the payload has {} bytes", envelope.payload.len());
-        return Err(Refusal::new(Code::TooLarge, reason).with_limit(PAYLOAD_BYTES_MAX as u64));
-    }
+    let format = envelope.judge(CANCEL_BYTES_MAX)?;
     let mut fields = Fields::parse(envelope.payload)?;
     fields.only(&["task"])?;
     let task = fields
@@ -62,6 +53,7 @@ mod tests {
             content_type: None,
             response_topic: None,
             correlation: None,
+            user_properties: &[],
             expiry: None,
             retain: false,
         }
@@ -84,6 +76,7 @@ mod tests {
             (br#"{"task": "a", "why": 1}"#, "`why` is unknown"),
             (b"", "not valid JSON"),
             (b"[]", "not a JSON object"),
+            (&[b' '; CANCEL_BYTES_MAX + 1], "1024 are allowed"),
         ] {
             let refusal = decode_cancel(&envelope(payload)).unwrap_err();
             assert!(refusal.reason.contains(part), "{}", refusal.reason);

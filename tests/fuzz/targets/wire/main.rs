@@ -47,6 +47,7 @@ fn read(input: &[u8]) {
         content_type: content_type.as_deref(),
         response_topic: response_topic.as_deref(),
         correlation,
+        user_properties: &[],
         expiry: (kind & 8 != 0).then_some(Duration::from_secs(u64::from(kind))),
         retain: kind & 16 != 0,
     };
