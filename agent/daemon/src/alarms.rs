@@ -18,10 +18,17 @@ pub enum Alarm {
     Subscription,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
+    /// A certificate ends soon, or what was renewed can't be used.
+    Certificate,
 }
 
 impl Alarm {
-    pub const ALL: [Self; 3] = [Self::Journal, Self::Subscription, Self::Undeliverable];
+    pub const ALL: [Self; 4] = [
+        Self::Journal,
+        Self::Subscription,
+        Self::Undeliverable,
+        Self::Certificate,
+    ];
 
     /// Its topic's last level.
     pub fn name(self) -> &'static str {
@@ -29,6 +36,7 @@ impl Alarm {
             Self::Journal => "journal",
             Self::Subscription => "subscription",
             Self::Undeliverable => "undeliverable",
+            Self::Certificate => "certificate",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The configuration file, parsed into a type that can't be wrong. `deploy/agent.toml` is the reference:
 //! every key with its meaning and its default.
 
-use crate::broker::{Credentials, Settings, tls};
+use crate::broker::{Access, Files, Settings, tls};
 use crate::clock::Trust;
 use anyhow::{Context, Result, bail, ensure};
 use millwright_engine::KvPrecision;
@@ -26,6 +26,8 @@ pub struct Config {
     pub drain_grace: Duration,
     pub health_interval: Duration,
     pub clock: Trust,
+    /// Prompts and answers are logged.
+    pub log_prompts: bool,
 }
 
 /// Where this gateway is.
@@ -89,7 +91,7 @@ impl Config {
                 .span()
                 .map_or(0, |span| text[..span.start].matches('\n').count())
                 + 1;
-            anyhow::anyhow!("line {line}: {}", e.message())
+            anyhow::anyhow!("line {line}: {}", without_values(e.message()))
         })?;
         let base = match &raw.gateway.base {
             Some(base) => Base::parse(base),
@@ -127,7 +129,22 @@ impl Config {
             drain_grace: Duration::from_secs(raw.agent.drain_grace_s),
             health_interval: Duration::from_secs(raw.agent.health_interval_s),
             clock: raw.agent.clock,
+            log_prompts: raw.agent.log_prompts,
         })
+    }
+}
+
+/// What serde says, without the value that it found: it may be a secret in the wrong place.
+fn without_values(message: &str) -> String {
+    let kinds = ["invalid type: ", "invalid value: ", "unknown variant "];
+    let found = kinds.into_iter().find(|kind| message.starts_with(kind));
+    // Names that we know stand behind the last of these.
+    match (found, message.rsplit_once(", expected ")) {
+        (Some(kind), Some((_, expected))) => {
+            format!("{}, expected {expected}", kind.trim_end_matches([':', ' ']))
+        }
+        (Some(kind), None) => kind.trim_end_matches([':', ' ']).into(),
+        (None, _) => message.into(),
     }
 }
 
@@ -212,6 +229,7 @@ struct RawAgent {
     drain_grace_s: u64,
     health_interval_s: u64,
     clock: Trust,
+    log_prompts: bool,
 }
 
 impl Default for RawAgent {
@@ -220,6 +238,7 @@ impl Default for RawAgent {
             drain_grace_s: 10,
             health_interval_s: 10,
             clock: Trust::Auto,
+            log_prompts: false,
         }
     }
 }
@@ -319,13 +338,14 @@ impl RawBroker {
             .client_id
             .unwrap_or_else(|| format!("millwright-{}-{}", gateway.site, gateway.name));
         ensure!(!client_id.is_empty(), "broker.client_id is empty");
-        let tls = self
-            .tls
-            .as_ref()
-            .map(tls::client)
-            .transpose()
-            .context("broker.tls")?;
-        if tls.is_none() && !self.plaintext && !is_loopback(&self.host) {
+        let has_tls = self.tls.is_some();
+        let files = Files {
+            tls: self.tls,
+            user: self.user,
+            password: self.password_file,
+        };
+        let access = Access::read(files).context("broker")?;
+        if !has_tls && !self.plaintext && !is_loopback(&self.host) {
             bail!(
                 "broker.host {} is not this machine and broker.tls is not set: passwords and prompts would cross the \
                  network in the clear (set broker.plaintext = true if that is meant)",
@@ -333,13 +353,12 @@ impl RawBroker {
             );
         }
         Ok(Settings {
-            port: self.port.unwrap_or(if tls.is_some() { 8883 } else { 1883 }),
-            credentials: Credentials::read(self.user, self.password_file.as_deref())?,
+            port: self.port.unwrap_or(if has_tls { 8883 } else { 1883 }),
+            access,
             host: self.host,
             client_id,
             keep_alive: Duration::from_secs(self.keep_alive_s),
             session_expiry,
-            tls,
             will: None,
         })
     }
@@ -371,13 +390,15 @@ mod tests {
                 sample.drain_grace,
                 sample.health_interval,
                 sample.broker.keep_alive,
-                sample.broker.port
+                sample.broker.port,
+                sample.log_prompts
             ),
             (
                 small.drain_grace,
                 small.health_interval,
                 small.broker.keep_alive,
-                small.broker.port
+                small.broker.port,
+                false
             )
         );
         assert_eq!(small.base.to_string(), "millwright/v1/hamburg/gw-07");
@@ -424,6 +445,7 @@ mod tests {
             "drain_grace_s",
             "health_interval_s",
             "clock",
+            "log_prompts",
         ] {
             assert!(
                 SAMPLE
@@ -448,6 +470,39 @@ mod tests {
             error.contains("password") || error.contains("ca.pem"),
             "only the files may be missing: {error}"
         );
+    }
+
+    #[test]
+    fn a_secret_in_the_wrong_place_is_not_repeated() {
+        let (text, number) = ("hunter2", "424242");
+        let broker = |line: &str| SMALL.replace("[model]", &format!("{line}\n[model]"));
+        let configs = [
+            broker(&format!("port = '{text}'")),
+            broker(&format!("user = {number}")),
+            broker(&format!("keep_alive_s = {number}.5")),
+            broker(&format!("plaintext = ['{text}']")),
+            broker(&format!("user = {text}")),
+            broker(&format!("password = '{text}'")),
+            broker(&format!("user = 'gw'\npassword_file = '{text}'")),
+            broker(&format!("password_file = '{text}'")),
+            broker(&format!("tls = '{text}'")),
+            broker(&format!(
+                "tls = {{ ca = '/dev/null', cert = '/dev/null', key = '{text}' }}"
+            )),
+            broker(&format!("tls = {{ ca = \"\"\"-----BEGIN\n{text}\"\"\" }}")),
+            format!("{SMALL}kv_cache = '{text}, expected {text}'\n"),
+            format!("{SMALL}[agent]\nclock = '{text}'\n"),
+            format!("{SMALL}[tasks]\nreply_prefixes = '{text}'\n"),
+            format!("{SMALL}[agent]\n'{text}\n"),
+        ];
+        for config in configs {
+            let error = error(&config);
+            assert!(
+                !error.contains(text) && !error.contains(number),
+                "{config}\n{error}"
+            );
+            assert!(error.len() > 20, "{error}");
+        }
     }
 
     #[test]

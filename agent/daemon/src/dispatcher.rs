@@ -3,6 +3,7 @@
 //! journal is on disk before anybody sees it: events and acknowledgements wait for that.
 
 mod keeping;
+mod prompts;
 mod sayings;
 
 use crate::alarms::{Alarm, Alarms};
@@ -194,6 +195,12 @@ impl<P: Prepare> Dispatcher<P> {
                     self.last_word(lost);
                 }
             }
+            Signal::Access(Some(why)) => {
+                tracing::error!("{why}");
+                let now = self.parts.clock.now();
+                self.alarms.raise(now, Alarm::Certificate, &why);
+            }
+            Signal::Access(None) => self.alarms.clear(Alarm::Certificate),
         }
     }
 
@@ -231,6 +238,9 @@ impl<P: Prepare> Dispatcher<P> {
         let seed = task.sampling.seed.unwrap_or_else(|| random() & SEED_MAX);
         let (preparer, context) = (&self.parts.preparer, self.parts.context);
         let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
+        if self.parts.config.log_prompts {
+            prompts::log_prompt(&task);
+        }
         let (decision, post) = self.admission.offer(now, task, prepared);
         let key = &post.key;
         tracing::info!(sender = key.sender, task = key.task, "{decision:?}");
@@ -349,6 +359,13 @@ impl<P: Prepare> Dispatcher<P> {
         self.seeds.remove(&ticket);
         self.stopping.remove(&ticket);
         let now = self.parts.clock.now();
+        if let Some(job) = self
+            .admission
+            .job(ticket)
+            .filter(|_| self.parts.config.log_prompts)
+        {
+            prompts::log_answer(&job.task.key, &outcome);
+        }
         if let Some(post) = self.admission.finish(now, ticket, outcome) {
             self.conclude(Some(ticket), post);
         }
@@ -455,7 +472,9 @@ impl<P: Prepare> Dispatcher<P> {
         self.say_alarms();
         self.flush_texts();
         let clock = &self.parts.clock;
-        self.parts.journal.flush(|| clock.stamp(), self.is_draining);
+        self.parts
+            .journal
+            .flush(|| clock.journal(), self.is_draining);
     }
 
     /// Sends the text that has come together, where the link is fluent; where it isn't, text goes on growing.
