@@ -1,10 +1,12 @@
 //! The MQTT connection: bytes in and out, acknowledgements matched to what was sent. Knows packets and
 //! generations; never tasks. The traps of the client library are all handled here:
 //!
-//! - `poll` is never cancelled (a cancelled write loses its packet) and never awaits another task of ours.
+//! - `poll` is never cancelled (a cancelled write loses its packet) but to give the connection up, and never awaits another
+//!   task of ours.
 //! - After any error nothing of the old connection survives in the client: its queue, its collision, its
 //!   buffered events and its requests are dropped, and [`Signal::Offline`] tells the outbox to send again.
 //! - The options are made anew for each attempt: the client keeps what the last broker said of keep-alive and session.
+//! - Messages are held in memory of their own: the client's keep the buffer that they were read with.
 //! - A broker that breaks the protocol in a way that the client passes over loses its connection.
 //! - Acknowledgements carry the connection's generation: one that comes late would acknowledge another packet.
 
