@@ -1,5 +1,6 @@
 //! A mosquitto of the test's own, on a free port, with its files in a folder of its own.
 
+use crate::authority::{Authority, DAY, SERVER};
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -17,6 +18,8 @@ pub enum Security {
     Passwords,
     /// TLS with a certificate from a CA made for this test, in `ca.pem`; see [`Broker::file`].
     Tls,
+    /// The same, and only for clients with a certificate of that CA; see [`Broker::authority`].
+    Mutual,
 }
 
 /// What a broker keeps of its sessions.
@@ -63,15 +66,16 @@ impl Broker {
         match security {
             Security::Open => {}
             Security::Passwords => write_users(folder.path()),
-            Security::Tls => write_certificates(folder.path()),
+            Security::Tls | Security::Mutual => {
+                Authority::make(folder.path()).issue("server", SERVER, -DAY, 2 * DAY);
+            }
         }
         // Another program may take a port between here and mosquitto's start.
         for _ in 0..5 {
             let (port, plain) = (free_port(), free_port());
-            let client_port = if security == Security::Tls {
-                plain
-            } else {
-                port
+            let client_port = match security {
+                Security::Tls | Security::Mutual => plain,
+                Security::Open | Security::Passwords => port,
             };
             let ports = (port, client_port);
             let configuration = configuration(folder.path(), security, keeps, lines, ports);
@@ -126,9 +130,9 @@ impl Broker {
         panic!("mosquitto did not start again:\n{}", self.log());
     }
 
-    /// Gives it another server certificate of the same CA; in use from the next start.
-    pub fn renew_certificate(&self, days: u32) {
-        sign_server(self.folder.path(), days);
+    /// The CA of its certificates. A server certificate issued is in use from the next start.
+    pub fn authority(&self) -> Authority {
+        Authority::of(self.folder.path())
     }
 
     /// All it logged so far.
@@ -178,11 +182,17 @@ fn configuration(
             at("users"),
             at("acl")
         ),
-        Security::Tls => format!(
-            "certfile {}\nkeyfile {}\nallow_anonymous true\nlistener {client_port} 127.0.0.1\n",
-            at("server.pem"),
-            at("server.key")
-        ),
+        Security::Tls | Security::Mutual => {
+            let (cert, key, ca) = (at("server.pem"), at("server.key"), at("ca.pem"));
+            let wants = if security == Security::Mutual {
+                format!("cafile {ca}\nrequire_certificate true\n")
+            } else {
+                String::new()
+            };
+            format!(
+                "certfile {cert}\nkeyfile {key}\n{wants}allow_anonymous true\nlistener {client_port} 127.0.0.1\n",
+            )
+        }
     };
     write!(text, "{more}").expect("writing to a string");
     text
@@ -237,7 +247,7 @@ fn write_users(folder: &Path) {
             .arg("-b")
             .arg(folder.join("users"))
             .args([*user, &format!("{user}-secret")]);
-        run(&mut command);
+        crate::run(&mut command);
     }
     let acl = "user gw\ntopic readwrite millwright/v1/plant/gw-1/#\n\n\
         pattern write millwright/v1/plant/gw-1/task/%u\n\
@@ -246,67 +256,4 @@ fn write_users(folder: &Path) {
         pattern read millwright/v1/plant/gw-1/state\n\
         pattern read millwright/v1/plant/gw-1/alarm/#\n";
     fs::write(folder.join("acl"), acl).expect("the ACL");
-}
-
-/// A CA and a server certificate for this machine.
-fn write_certificates(folder: &Path) {
-    let key = [
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-    ];
-    let openssl =
-        |arguments: &[&str]| run(Command::new("openssl").args(arguments).current_dir(folder));
-    let ca = [
-        "-keyout",
-        "ca.key",
-        "-out",
-        "ca.pem",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=Plant CA",
-    ];
-    let is_ca = [
-        "-addext",
-        "basicConstraints=critical,CA:TRUE",
-        "-addext",
-        "keyUsage=critical,keyCertSign",
-    ];
-    openssl(
-        &[&["req", "-x509"], &key[..], &ca, &is_ca]
-            .concat()
-            .into_iter()
-            .collect::<Vec<_>>(),
-    );
-    let request = [
-        "-keyout",
-        "server.key",
-        "-out",
-        "server.csr",
-        "-subj",
-        "/CN=broker",
-    ];
-    openssl(&[&["req"], &key[..], &request].concat());
-    let names = "subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n";
-    fs::write(folder.join("server.ext"), names).expect("the extensions");
-    sign_server(folder, 2);
-}
-
-fn sign_server(folder: &Path, days: u32) {
-    let files = "-CA ca.pem -CAkey ca.key -CAcreateserial -in server.csr -out server.pem -extfile server.ext";
-    let mut command = Command::new("openssl");
-    command.args(["x509", "-req", "-days", &days.to_string()]);
-    command.args(files.split(' ')).current_dir(folder);
-    run(&mut command);
-}
-
-fn run(command: &mut Command) {
-    let output = command
-        .output()
-        .unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/run, which installs it"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}");
 }

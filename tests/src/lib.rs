@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+pub mod authority;
 mod broker;
 mod client;
 pub mod cost;
 pub mod faults;
+pub mod hostile;
 mod process;
 
 pub use agent::{Agent, Setup, bundle, program, real_bundle};
@@ -59,4 +61,13 @@ fn end(child: &mut Child) {
     // It may have ended by itself.
     let _ = child.kill();
     let _ = child.wait();
+}
+
+/// Runs a command that must succeed.
+fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/run, which installs it"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
 }

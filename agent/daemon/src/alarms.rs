@@ -19,15 +19,18 @@ pub enum Alarm {
     Subscription,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
+    /// A certificate ends soon, or what was renewed can't be used.
+    Certificate,
     /// The machine is hard pressed, and the agent does less.
     Pressed(Cause),
 }
 
 impl Alarm {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Journal,
         Self::Subscription,
         Self::Undeliverable,
+        Self::Certificate,
         Self::Pressed(Cause::Temperature),
         Self::Pressed(Cause::Throttling),
         Self::Pressed(Cause::Memory),
@@ -40,6 +43,7 @@ impl Alarm {
             Self::Journal => "journal",
             Self::Subscription => "subscription",
             Self::Undeliverable => "undeliverable",
+            Self::Certificate => "certificate",
             Self::Pressed(Cause::Temperature) => "temperature",
             Self::Pressed(Cause::Throttling) => "throttling",
             Self::Pressed(Cause::Memory) => "memory",

@@ -1,20 +1,27 @@
 //! The MQTT connection: bytes in and out, acknowledgements matched to what was sent. Knows packets and
 //! generations; never tasks. The traps of the client library are all handled here:
 //!
-//! - `poll` is never cancelled (a cancelled write loses its packet) and never awaits another task of ours.
+//! - `poll` is never cancelled (a cancelled write loses its packet) but to give the connection up, and never awaits another
+//!   task of ours.
 //! - After any error nothing of the old connection survives in the client: its queue, its collision, its
 //!   buffered events and its requests are dropped, and [`Signal::Offline`] tells the outbox to send again.
+//! - The options are made anew for each attempt: the client keeps what the last broker said of keep-alive and session.
+//! - Messages are held in memory of their own: the client's keep the buffer that they were read with.
+//! - A broker that breaks the protocol in a way that the client passes over loses its connection.
 //! - Acknowledgements carry the connection's generation: one that comes late would acknowledge another packet.
 
+mod access;
 mod inbox;
 mod link;
 mod poller;
+mod reasons;
 pub mod tls;
 
+pub use access::{Access, Files};
 pub use link::{Link, NotSent, Outgoing, Token};
 pub use poller::Poller;
 
-use anyhow::{Context, Result, ensure};
+use access::Credentials;
 use link::Shared;
 use millwright_task::limits::{INFLIGHT_MAX, PACKET_BYTES_MAX, RECEIVE_MAX, REQUESTS_MAX};
 use rumqttc::v5::mqttbytes::QoS;
@@ -23,7 +30,6 @@ use rumqttc::v5::mqttbytes::v5::{
 };
 use rumqttc::v5::{AsyncClient, MqttOptions};
 use rumqttc::{NetworkOptions, TlsConfiguration, Transport};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
@@ -33,44 +39,12 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
 pub struct Settings {
     pub host: String,
     pub port: u16,
-    pub credentials: Option<Credentials>,
+    pub access: Access,
     pub client_id: String,
     pub keep_alive: Duration,
     /// Zero means a clean session.
     pub session_expiry: Duration,
-    pub tls: Option<Arc<rustls::ClientConfig>>,
     pub will: Option<Will>,
-}
-
-/// A user and its password. `Debug` shows no password.
-#[derive(Clone)]
-pub struct Credentials {
-    pub user: String,
-    password: String,
-}
-
-impl std::fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Credentials({})", self.user)
-    }
-}
-
-impl Credentials {
-    /// The user, with the password from its file (a trailing newline is not part of it).
-    pub fn read(user: Option<String>, password_file: Option<&Path>) -> Result<Option<Self>> {
-        let Some(user) = user else {
-            ensure!(password_file.is_none(), "a password file without a user");
-            return Ok(None);
-        };
-        let password = match password_file {
-            None => String::new(),
-            Some(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("the password file {} can't be read", path.display()))?
-                .trim_end_matches(['\r', '\n'])
-                .to_owned(),
-        };
-        Ok(Some(Self { user, password }))
-    }
 }
 
 /// What the broker publishes, retained, when the connection is lost for longer than `delay`.
@@ -96,6 +70,8 @@ pub enum Signal {
     },
     Delivered(Token),
     Refused(Token, PubAckReason),
+    /// What somebody should look after about certificates and password, or that there is nothing any more.
+    Access(Option<String>),
 }
 
 /// Why there is no connection.
@@ -172,11 +148,13 @@ fn options(settings: &Settings) -> MqttOptions {
         .set_manual_acks(true)
         .set_outgoing_inflight_upper_limit(INFLIGHT_MAX as u16)
         .set_connection_timeout(10);
-    if let Some(Credentials { user, password }) = &settings.credentials {
+    let access = settings.access.next();
+    if let Some(Credentials { user, password }) = &access.credentials {
         options.set_credentials(user, password);
     }
-    if let Some(tls) = &settings.tls {
-        options.set_transport(Transport::Tls(TlsConfiguration::Rustls(Arc::clone(tls))));
+    if let Some(tls) = &access.tls {
+        let config = Arc::clone(&tls.config);
+        options.set_transport(Transport::Tls(TlsConfiguration::Rustls(config)));
     }
     if let Some(will) = &settings.will {
         let properties = LastWillProperties {

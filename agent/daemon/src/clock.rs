@@ -5,7 +5,33 @@ use millwright_task::Now;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
+
+/// When this program was made: no clock before that is right. A release sets `SOURCE_DATE_EPOCH`; else it is a date in the
+/// source, so that the same source makes the same program.
+const BUILT: Duration = Duration::from_secs(later(1_790_000_000, option_env!("SOURCE_DATE_EPOCH")));
+
+/// The wall time in milliseconds when the journal was last written by a clock that was believed; 0 if it never was.
+static JOURNALED_MS: AtomicU64 = AtomicU64::new(0);
+
+const fn later(date: u64, seconds: Option<&str>) -> u64 {
+    match seconds {
+        Some(text) => match u64::from_str_radix(text, 10) {
+            Ok(seconds) if seconds > date => seconds,
+            _ => date,
+        },
+        None => date,
+    }
+}
+
+/// What certificates are judged by: the latest of the wall clock, the journal's last write and the program's making. A
+/// board without a battery wakes up in 1970, when no certificate was valid yet.
+pub fn latest() -> Duration {
+    let wall = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    let journaled = Duration::from_millis(JOURNALED_MS.load(Ordering::Relaxed));
+    wall.max(journaled).max(BUILT)
+}
 
 /// Whether the wall clock is believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -41,6 +67,7 @@ impl Clock {
             own: Duration::ZERO,
         };
         if let Some(last) = last {
+            JOURNALED_MS.store(last.wall_ms, Ordering::Relaxed);
             let now = clock.stamp();
             let passed = if last.boot_id == now.boot_id && !now.boot_id.is_empty() {
                 now.boot_ms.saturating_sub(last.boot_ms)
@@ -68,8 +95,8 @@ impl Clock {
         }
     }
 
-    /// The moment by all clocks, for the journal.
-    pub fn stamp(&self) -> Stamp {
+    /// The moment by all clocks.
+    fn stamp(&self) -> Stamp {
         let now = self.now();
         Stamp {
             boot_id: self.boot_id.clone(),
@@ -80,17 +107,27 @@ impl Clock {
         }
     }
 
+    /// The same, for the journal. A wall clock that is not believed leaves the last one that was.
+    pub fn journal(&self) -> Stamp {
+        let mut stamp = self.stamp();
+        if stamp.synced {
+            JOURNALED_MS.store(stamp.wall_ms, Ordering::Relaxed);
+        } else {
+            stamp.wall_ms = JOURNALED_MS.load(Ordering::Relaxed);
+        }
+        stamp
+    }
+
     fn synced(&self, wall: Duration) -> bool {
         const TIMESYNC: &str = "/run/systemd/timesync";
-        // No machine runs this before it was written: a clock before that has lost its battery.
-        const PLAUSIBLE: Duration = Duration::from_secs(1_790_000_000);
         match self.trust {
             Trust::Synced => true,
             Trust::Unsynced => false,
             Trust::Auto if Path::new(TIMESYNC).is_dir() => {
                 Path::new(TIMESYNC).join("synchronized").exists()
             }
-            Trust::Auto => wall > PLAUSIBLE,
+            // A clock from before has lost its battery.
+            Trust::Auto => wall > BUILT,
         }
     }
 }
@@ -122,6 +159,29 @@ mod tests {
         assert!(b.own >= a.own && a.wall_ms > 1_700_000_000_000 && !a.synced);
         assert!(Clock::new(Trust::Synced, None).now().synced);
         assert_ne!(random(), random());
+    }
+
+    #[test]
+    fn certificates_are_judged_by_the_latest_time_that_is_known() {
+        let at = |seconds| later(1_790_000_000, seconds);
+        assert_eq!(at(None), 1_790_000_000);
+        assert_eq!(at(Some("1800000000")), 1_800_000_000);
+        for text in ["1", "", "yesterday", "-1"] {
+            assert_eq!(at(Some(text)), 1_790_000_000, "{text}");
+        }
+        let wall = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        assert!(latest() >= wall.max(BUILT));
+        // A believed clock replaces what the journal said; another keeps it.
+        let ahead = wall.as_millis() as u64 + 3_600_000;
+        let last = Stamp {
+            wall_ms: ahead,
+            ..Clock::new(Trust::Synced, None).stamp()
+        };
+        let unsynced = Clock::new(Trust::Unsynced, Some(&last));
+        assert_eq!(latest(), Duration::from_millis(ahead));
+        assert_eq!(unsynced.journal().wall_ms, ahead);
+        assert!(Clock::new(Trust::Synced, Some(&last)).journal().wall_ms < ahead);
+        assert!(latest() < Duration::from_millis(ahead));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The configuration file, parsed into a type that can't be wrong. `deploy/agent.toml` is the reference:
 //! every key with its meaning and its default.
 
-use crate::broker::{Credentials, Settings, tls};
+use crate::broker::{Access, Files, Settings, tls};
 use crate::clock::Trust;
 use anyhow::{Context, Result, bail, ensure};
 use millwright_engine::KvPrecision;
@@ -30,6 +30,8 @@ pub struct Config {
     pub governor: bool,
     /// °C at which the board throttles, where it is to be another than the sensor's own.
     pub temperature_limit: Option<f32>,
+    /// Prompts and answers are logged.
+    pub log_prompts: bool,
 }
 
 /// Where this gateway is.
@@ -93,7 +95,7 @@ impl Config {
                 .span()
                 .map_or(0, |span| text[..span.start].matches('\n').count())
                 + 1;
-            anyhow::anyhow!("line {line}: {}", e.message())
+            anyhow::anyhow!("line {line}: {}", without_values(e.message()))
         })?;
         let base = match &raw.gateway.base {
             Some(base) => Base::parse(base),
@@ -139,7 +141,22 @@ impl Config {
             clock: raw.agent.clock,
             governor: raw.agent.governor,
             temperature_limit: raw.agent.temperature_limit_c,
+            log_prompts: raw.agent.log_prompts,
         })
+    }
+}
+
+/// What serde says, without the value that it found: it may be a secret in the wrong place.
+fn without_values(message: &str) -> String {
+    let kinds = ["invalid type: ", "invalid value: ", "unknown variant "];
+    let found = kinds.into_iter().find(|kind| message.starts_with(kind));
+    // Names that we know stand behind the last of these.
+    match (found, message.rsplit_once(", expected ")) {
+        (Some(kind), Some((_, expected))) => {
+            format!("{}, expected {expected}", kind.trim_end_matches([':', ' ']))
+        }
+        (Some(kind), None) => kind.trim_end_matches([':', ' ']).into(),
+        (None, _) => message.into(),
     }
 }
 
@@ -226,6 +243,7 @@ struct RawAgent {
     clock: Trust,
     governor: bool,
     temperature_limit_c: Option<f32>,
+    log_prompts: bool,
 }
 
 impl Default for RawAgent {
@@ -236,6 +254,7 @@ impl Default for RawAgent {
             clock: Trust::Auto,
             governor: true,
             temperature_limit_c: None,
+            log_prompts: false,
         }
     }
 }
@@ -335,13 +354,14 @@ impl RawBroker {
             .client_id
             .unwrap_or_else(|| format!("millwright-{}-{}", gateway.site, gateway.name));
         ensure!(!client_id.is_empty(), "broker.client_id is empty");
-        let tls = self
-            .tls
-            .as_ref()
-            .map(tls::client)
-            .transpose()
-            .context("broker.tls")?;
-        if tls.is_none() && !self.plaintext && !is_loopback(&self.host) {
+        let has_tls = self.tls.is_some();
+        let files = Files {
+            tls: self.tls,
+            user: self.user,
+            password: self.password_file,
+        };
+        let access = Access::read(files).context("broker")?;
+        if !has_tls && !self.plaintext && !is_loopback(&self.host) {
             bail!(
                 "broker.host {} is not this machine and broker.tls is not set: passwords and prompts would cross the \
                  network in the clear (set broker.plaintext = true if that is meant)",
@@ -349,13 +369,12 @@ impl RawBroker {
             );
         }
         Ok(Settings {
-            port: self.port.unwrap_or(if tls.is_some() { 8883 } else { 1883 }),
-            credentials: Credentials::read(self.user, self.password_file.as_deref())?,
+            port: self.port.unwrap_or(if has_tls { 8883 } else { 1883 }),
+            access,
             host: self.host,
             client_id,
             keep_alive: Duration::from_secs(self.keep_alive_s),
             session_expiry,
-            tls,
             will: None,
         })
     }
@@ -387,13 +406,15 @@ mod tests {
                 sample.drain_grace,
                 sample.health_interval,
                 sample.broker.keep_alive,
-                sample.broker.port
+                sample.broker.port,
+                sample.log_prompts
             ),
             (
                 small.drain_grace,
                 small.health_interval,
                 small.broker.keep_alive,
-                small.broker.port
+                small.broker.port,
+                false
             )
         );
         assert_eq!(small.base.to_string(), "millwright/v1/hamburg/gw-07");
@@ -440,6 +461,7 @@ mod tests {
             "drain_grace_s",
             "health_interval_s",
             "clock",
+            "log_prompts",
         ] {
             assert!(
                 SAMPLE
@@ -464,6 +486,39 @@ mod tests {
             error.contains("password") || error.contains("ca.pem"),
             "only the files may be missing: {error}"
         );
+    }
+
+    #[test]
+    fn a_secret_in_the_wrong_place_is_not_repeated() {
+        let (text, number) = ("hunter2", "424242");
+        let broker = |line: &str| SMALL.replace("[model]", &format!("{line}\n[model]"));
+        let configs = [
+            broker(&format!("port = '{text}'")),
+            broker(&format!("user = {number}")),
+            broker(&format!("keep_alive_s = {number}.5")),
+            broker(&format!("plaintext = ['{text}']")),
+            broker(&format!("user = {text}")),
+            broker(&format!("password = '{text}'")),
+            broker(&format!("user = 'gw'\npassword_file = '{text}'")),
+            broker(&format!("password_file = '{text}'")),
+            broker(&format!("tls = '{text}'")),
+            broker(&format!(
+                "tls = {{ ca = '/dev/null', cert = '/dev/null', key = '{text}' }}"
+            )),
+            broker(&format!("tls = {{ ca = \"\"\"-----BEGIN\n{text}\"\"\" }}")),
+            format!("{SMALL}kv_cache = '{text}, expected {text}'\n"),
+            format!("{SMALL}[agent]\nclock = '{text}'\n"),
+            format!("{SMALL}[tasks]\nreply_prefixes = '{text}'\n"),
+            format!("{SMALL}[agent]\n'{text}\n"),
+        ];
+        for config in configs {
+            let error = error(&config);
+            assert!(
+                !error.contains(text) && !error.contains(number),
+                "{config}\n{error}"
+            );
+            assert!(error.len() > 20, "{error}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod easing;
 mod keeping;
+mod prompts;
 mod sayings;
 
 use crate::alarms::{Alarm, Alarms};
@@ -200,6 +201,12 @@ impl<P: Prepare> Dispatcher<P> {
                     self.last_word(lost);
                 }
             }
+            Signal::Access(Some(why)) => {
+                tracing::error!("{why}");
+                let now = self.parts.clock.now();
+                self.alarms.raise(now, Alarm::Certificate, &why);
+            }
+            Signal::Access(None) => self.alarms.clear(Alarm::Certificate),
         }
     }
 
@@ -237,6 +244,9 @@ impl<P: Prepare> Dispatcher<P> {
         let seed = task.sampling.seed.unwrap_or_else(|| random() & SEED_MAX);
         let (preparer, context) = (&self.parts.preparer, self.parts.context);
         let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
+        if self.parts.config.log_prompts {
+            prompts::log_prompt(&task);
+        }
         let (decision, post) = self.admission.offer(now, task, prepared);
         let key = &post.key;
         tracing::info!(sender = key.sender, task = key.task, "{decision:?}");
@@ -376,6 +386,13 @@ impl<P: Prepare> Dispatcher<P> {
     fn finish(&mut self, ticket: Ticket, outcome: Outcome) {
         self.flush_last_text(ticket);
         let now = self.parts.clock.now();
+        if let Some(job) = self
+            .admission
+            .job(ticket)
+            .filter(|_| self.parts.config.log_prompts)
+        {
+            prompts::log_answer(&job.task.key, &outcome);
+        }
         if let Some(post) = self.admission.finish(now, ticket, outcome) {
             self.finished(ticket, post);
         }
@@ -495,7 +512,9 @@ impl<P: Prepare> Dispatcher<P> {
         self.say_alarms();
         self.flush_texts();
         let clock = &self.parts.clock;
-        self.parts.journal.flush(|| clock.stamp(), self.is_draining);
+        self.parts
+            .journal
+            .flush(|| clock.journal(), self.is_draining);
     }
 
     /// Sends the text that has come together, where the link is fluent; where it isn't, text goes on growing.

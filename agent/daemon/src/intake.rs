@@ -42,6 +42,7 @@ pub fn read(decoder: &Decoder, now: Now, publish: &Publish) -> Wish {
         content_type: properties.and_then(|p| p.content_type.as_deref()),
         response_topic: properties.and_then(|p| p.response_topic.as_deref()),
         correlation: properties.and_then(|p| p.correlation_data.as_deref()),
+        user_properties: properties.map_or(&[], |p| &p.user_properties),
         expiry: properties
             .and_then(|p| p.message_expiry_interval)
             .map(|s| Duration::from_secs(s.into())),

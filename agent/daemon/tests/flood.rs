@@ -1,6 +1,6 @@
 //! A broker that minds no receive maximum: a socket that speaks as much MQTT as that takes.
 
-use millwright::broker::{self, Settings, Signal};
+use millwright::broker::{self, Access, Files, Settings, Signal};
 use millwright_task::limits::{INBOX_BYTES_MAX, PACKET_BYTES_MAX};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -94,11 +94,10 @@ async fn a_flood_is_taken_in_portions_and_in_order_and_nothing_is_lost() {
     let (link, poller, mut inbox) = broker::open(&Settings {
         host: "127.0.0.1".into(),
         port,
-        credentials: None,
+        access: Access::read(Files::default()).unwrap(),
         client_id: "gw".into(),
         keep_alive: Duration::from_mins(1),
         session_expiry: Duration::from_mins(1),
-        tls: None,
         will: None,
     });
     let poller = tokio::spawn(poller.run());

@@ -14,8 +14,15 @@ pub const SENDER_BYTES_MAX: usize = 128;
 pub const TOPIC_BYTES_MAX: usize = 512;
 /// Correlation Data, which comes back unchanged.
 pub const CORRELATION_BYTES_MAX: usize = 256;
+/// A message's user properties, none of which mean anything to us: how many, and the bytes of all names and values.
+pub const USER_PROPERTIES_MAX: usize = 32;
+pub const USER_PROPERTY_BYTES_MAX: usize = 4 * KIB;
+/// A cancel's payload.
+pub const CANCEL_BYTES_MAX: usize = KIB;
 /// What of an input a `reason` may repeat.
 pub const ECHO_BYTES_MAX: usize = 64;
+/// What of a prompt or an answer is logged where that is switched on.
+pub const LOG_TEXT_BYTES_MAX: usize = 2 * KIB;
 /// Messages of a `chat` task.
 pub const MESSAGES_MAX: usize = 128;
 /// Stop strings of a task, and the bytes of each.

@@ -16,7 +16,8 @@ pub use event::{
 };
 pub use task::{Bounds, Decoder, FIELDS, Kind, Message, Refused, Sampling, Task};
 
-use crate::limits::ECHO_BYTES_MAX;
+use crate::limits::{ECHO_BYTES_MAX, USER_PROPERTIES_MAX, USER_PROPERTY_BYTES_MAX};
+use std::fmt::Write as _;
 use std::time::Duration;
 
 /// One message as the broker delivered it.
@@ -28,9 +29,39 @@ pub struct Envelope<'a> {
     pub content_type: Option<&'a str>,
     pub response_topic: Option<&'a str>,
     pub correlation: Option<&'a [u8]>,
+    pub user_properties: &'a [(String, String)],
     /// What is left of the MQTT message expiry.
     pub expiry: Option<Duration>,
     pub retain: bool,
+}
+
+impl Envelope<'_> {
+    /// What must hold before the payload is looked into; its form.
+    fn judge(&self, payload_bytes_max: usize) -> Result<Format, Refusal> {
+        let too_large = |reason, limit: usize| {
+            Err(Refusal::new(Code::TooLarge, reason).with_limit(limit as u64))
+        };
+        let properties = self.user_properties;
+        if properties.len() > USER_PROPERTIES_MAX {
+            let reason = format!("it has more than {USER_PROPERTIES_MAX} user properties");
+            return too_large(reason, USER_PROPERTIES_MAX);
+        }
+        let bytes: usize = properties.iter().map(|(k, v)| k.len() + v.len()).sum();
+        if bytes > USER_PROPERTY_BYTES_MAX {
+            let reason =
+                format!("its user properties have more than {USER_PROPERTY_BYTES_MAX} bytes");
+            return too_large(reason, USER_PROPERTY_BYTES_MAX);
+        }
+        let Some(format) = Format::of(self.content_type) else {
+            return Err(Refusal::new(Code::Unsupported, Format::expected()));
+        };
+        let bytes = self.payload.len();
+        if bytes > payload_bytes_max {
+            let reason = format!("the payload has {bytes} bytes; {payload_bytes_max} are allowed");
+            return too_large(reason, payload_bytes_max);
+        }
+        Ok(format)
+    }
 }
 
 /// Whose task: the idempotency key.
@@ -120,6 +151,20 @@ pub fn echo(input: &str) -> String {
     out
 }
 
+/// At most `bytes_max` of a text, on one line and escaped, and how much was left out: for logs.
+pub fn excerpt(text: &str, bytes_max: usize) -> String {
+    let mut out = String::new();
+    for (at, c) in text.char_indices() {
+        let piece = escape_char(c);
+        if out.len() + piece.len() > bytes_max {
+            let _ = write!(out, "… ({} bytes more)", text.len() - at);
+            break;
+        }
+        out.push_str(&piece);
+    }
+    out
+}
+
 /// `text` with everything escaped that could drive a terminal or reorder what a reader sees; newlines and
 /// tabs stay.
 pub fn printable(text: &str) -> String {
@@ -154,6 +199,16 @@ mod tests {
         assert_eq!(printable("a\u{1b}[31mb\nc"), "a\\u{1b}[31mb\nc");
         assert_eq!(printable("a\u{202e}b"), "a\\u{202e}b");
         assert_eq!(echo("x\ny"), "x\\u{a}y");
+    }
+
+    #[test]
+    fn excerpts_are_one_line_and_say_what_they_leave_out() {
+        assert_eq!(
+            excerpt("a\n\u{202e}b\u{1b}[2J", 64),
+            "a\\u{a}\\u{202e}b\\u{1b}[2J"
+        );
+        assert_eq!(excerpt("äöü", 4), "äö… (2 bytes more)");
+        assert_eq!(excerpt("", 4), "");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::shim::{Field, Shim};
 use super::stage::{Plant, Stage};
 use super::{Case, Finding, Ran, Scale};
 use crate::Security;
+use crate::authority::{DAY, SERVER};
 use std::time::Duration;
 
 /// The certificate is good for two days.
@@ -14,7 +15,33 @@ const LATER: i64 = 10 * 86_400;
 const STRAY_MAX: usize = 24;
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::new("certificate", "expires mid-session", expires)]
+    vec![
+        Case::new("certificate", "expires mid-session", expires),
+        Case::new("certificate", "clock before 2020", forgets),
+    ]
+}
+
+/// A board without a battery: after each power cut its clock is years before the certificates were made, and only the journal
+/// knows better.
+fn forgets(scale: Scale) -> Finding {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let shim = match Shim::new(folder.path()) {
+        Ok(shim) => shim,
+        Err(why) => return Finding::Skipped(why),
+    };
+    let mut plant = Plant::new(scale.seed);
+    plant.security = Security::Tls;
+    plant.setup.env = shim.env(false);
+    let mut stage = Stage::start(plant);
+    stage.await_progress(20);
+    let times = scale.pick(2, 20);
+    for _ in 0..times {
+        stage.kill_agent();
+        shim.set(Field::ClockOffset, -10 * 366 * DAY);
+        stage.restart_agent();
+        stage.await_progress(20);
+    }
+    Finding::Ran(Ran::of(stage, times, ""))
 }
 
 fn expires(scale: Scale) -> Finding {
@@ -36,10 +63,14 @@ fn expires(scale: Scale) -> Finding {
         std::thread::sleep(Duration::from_millis(300));
         let before = stage.oracle.settled();
         std::thread::sleep(Duration::from_millis(1500));
-        let refused = stage.agent.log().to_lowercase().contains("expired");
+        let refused = stage
+            .agent
+            .log()
+            .contains("the broker's certificate ended on");
         let went_on = stage.oracle.settled() > before + STRAY_MAX;
         stage.broker.stop();
-        stage.broker.renew_certificate(30);
+        let authority = stage.broker.authority();
+        authority.issue("server", SERVER, -DAY, 30 * DAY);
         stage.broker.resume();
         stage.await_progress(20);
         let mut one = Ran::of(stage, 1, "");

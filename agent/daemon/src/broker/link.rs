@@ -93,6 +93,8 @@ pub(super) struct Shared {
     pub(super) queued: usize,
     /// Messages to acknowledge, in order of arrival.
     acks: VecDeque<Publish>,
+    /// How many filters a subscription has that is not confirmed.
+    pub(super) subscribing: Option<usize>,
     pub(super) closing: bool,
 }
 
@@ -104,6 +106,7 @@ impl Shared {
         self.inflight.clear();
         self.queued = 0;
         self.acks.clear();
+        self.subscribing = None;
     }
 }
 
@@ -204,11 +207,16 @@ impl Link {
             preserve_retain: true,
             ..Filter::new(path, QoS::AtLeastOnce)
         };
-        self.lock().online
+        let mut shared = self.lock();
+        let is_sent = shared.online
             && self
                 .client
                 .try_subscribe_many(filters.iter().map(filter))
-                .is_ok()
+                .is_ok();
+        if is_sent {
+            shared.subscribing = Some(filters.len());
+        }
+        is_sent
     }
 
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to

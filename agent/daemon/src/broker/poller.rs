@@ -2,23 +2,30 @@
 
 use super::inbox::Intake;
 use super::link::Link;
-use super::{Lost, Settings, Signal};
-use crate::clock::random;
+use super::reasons::{explain, is_taken_over};
+use super::{Lost, Settings, Signal, options};
+use crate::clock::{latest, random};
 use millwright_task::limits::INFLIGHT_MAX;
 use rumqttc::Outgoing;
+use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
-    ConnAck, ConnectReturnCode, DisconnectReasonCode, Packet, PubAck, PubAckReason,
-    SubscribeReasonCode,
+    ConnAck, Packet, PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
 };
-use rumqttc::v5::{ConnectionError, Event, EventLoop, MqttState, StateError};
+use rumqttc::v5::{Event, EventLoop, MqttState};
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
 /// A connection that lasted this long was a good one: the next attempt follows quickly.
 const STEADY: Duration = Duration::from_secs(20);
+/// How long the client may take for one step beyond two keep-alives: a broker that reads nothing blocks it for good.
+const STUCK: Duration = Duration::from_mins(3);
+/// How long a broker may take to confirm the subscription.
+const SUBSCRIBING: Duration = Duration::from_secs(30);
+/// How often it is looked whether certificates or password were renewed.
+const LOOK: Duration = Duration::from_secs(3);
 
 /// Drives the connection until [`Link::close`].
 pub struct Poller {
@@ -26,11 +33,19 @@ pub struct Poller {
     link: Link,
     signals: mpsc::Sender<Signal>,
     intake: Intake,
+    settings: Settings,
     /// `host:port`, for sentences.
     place: String,
-    user: Option<String>,
     backoff: Duration,
+    /// When the broker took us in, while it has us.
     since: Option<Instant>,
+    looked: Instant,
+    /// What was last said about certificates and password.
+    complaint: Option<String>,
+    /// The longest until the next ping.
+    ping: Duration,
+    /// The packet id of our subscription.
+    subscription: Option<u16>,
 }
 
 impl Poller {
@@ -42,16 +57,19 @@ impl Poller {
         intake: Intake,
     ) -> Self {
         let place = format!("{}:{}", settings.host, settings.port);
-        let user = settings.credentials.as_ref().map(|c| c.user.clone());
         Self {
             eventloop,
             link,
             signals,
             intake,
+            settings: settings.clone(),
             place,
-            user,
             backoff: BACKOFF_FIRST,
             since: None,
+            looked: Instant::now(),
+            complaint: None,
+            ping: settings.keep_alive,
+            subscription: None,
         }
     }
 
@@ -59,17 +77,37 @@ impl Poller {
     pub async fn run(mut self) {
         loop {
             let mut taken_over = false;
-            let (signal, lost) = match self.eventloop.poll().await {
-                Ok(Event::Incoming(packet)) => (self.incoming(packet), None),
-                Ok(Event::Outgoing(sent)) => {
+            let renewed = self.look();
+            if self.say_complaint().await.is_err() {
+                return;
+            }
+            // Cancelled, it loses what it was writing; so the connection is given up, too.
+            let polled = timeout(self.patience(), self.eventloop.poll()).await;
+            let (signal, lost) = match polled {
+                Ok(Ok(Event::Incoming(packet))) => match self.incoming(packet) {
+                    Ok(signal) => (signal, self.overdue()),
+                    Err(what) => (None, Some(self.broken(what))),
+                },
+                Ok(Ok(Event::Outgoing(sent))) => {
                     self.outgoing(&sent);
-                    (None, self.intake.is_behind().then(|| self.behind()))
+                    let is_behind = self.intake.is_behind();
+                    (
+                        None,
+                        is_behind.then(|| self.behind()).or_else(|| self.overdue()),
+                    )
                 }
-                Err(error) => {
+                Ok(Err(error)) => {
                     taken_over = is_taken_over(&error);
-                    (None, Some(self.explain(&error)))
+                    let is_new = self.since.is_none();
+                    let lost = explain(&error, &self.place, &self.settings.access, is_new);
+                    if is_new && lost.needs_help {
+                        self.settings.access.refused();
+                    }
+                    (None, Some(lost))
                 }
+                Err(_) => (None, Some(self.stuck())),
             };
+            let lost = lost.or_else(|| renewed.then(|| self.renewed()));
             self.link.flush_acks();
             if let Some(signal) = signal
                 && self.signals.send(signal).await.is_err()
@@ -92,48 +130,88 @@ impl Poller {
         }
     }
 
-    fn incoming(&mut self, packet: Packet) -> Option<Signal> {
+    /// What a packet means, or what is wrong with it. The client passes over much that no broker may send.
+    fn incoming(&mut self, packet: Packet) -> Result<Option<Signal>, &'static str> {
         match packet {
-            Packet::ConnAck(connack) => Some(self.connected(&connack)),
-            Packet::Publish(publish) => {
-                let generation = self.link.lock().generation;
-                self.intake.take(publish, generation);
-                None
-            }
-            Packet::PubAck(PubAck { pkid, reason, .. }) => {
-                let token = self.link.lock().inflight.remove(&pkid)?;
-                self.link.wake();
-                match reason {
-                    PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
-                        Some(Signal::Delivered(token))
-                    }
-                    other => Some(Signal::Refused(token, other)),
-                }
-            }
-            Packet::SubAck(suback) => {
-                let good =
-                    |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(_));
-                Some(Signal::Subscribed {
-                    refused: !suback.return_codes.iter().all(good),
-                })
-            }
-            _ => None,
+            Packet::ConnAck(_) if self.since.is_some() => Err("a second CONNACK"),
+            Packet::ConnAck(connack) => self.connected(&connack).map(Some),
+            Packet::Publish(publish) => self.message(publish).map(|()| None),
+            Packet::PubAck(puback) => Ok(self.acknowledged(&puback)),
+            Packet::SubAck(suback) => self.subscribed(&suback).map(Some),
+            Packet::PingResp(_) => Ok(None),
+            _ => Err("a packet that nobody asked for"),
         }
     }
 
-    fn connected(&mut self, connack: &ConnAck) -> Signal {
-        let limit = connack.properties.as_ref().and_then(|p| p.max_packet_size);
+    fn message(&mut self, publish: Publish) -> Result<(), &'static str> {
+        let properties = publish.properties.as_ref();
+        if properties.is_some_and(|p| p.topic_alias.is_some()) || publish.topic.is_empty() {
+            // The client keeps the buffers of all of them.
+            return Err("a topic alias, of which we allow none");
+        }
+        if publish.qos == QoS::ExactlyOnce {
+            return Err("a message of QoS 2, to which we never subscribe");
+        }
+        let generation = self.link.lock().generation;
+        self.intake.take(publish, generation);
+        Ok(())
+    }
+
+    fn acknowledged(&mut self, puback: &PubAck) -> Option<Signal> {
+        let token = self.link.lock().inflight.remove(&puback.pkid)?;
+        self.link.wake();
+        match puback.reason {
+            PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
+                Some(Signal::Delivered(token))
+            }
+            other => Some(Signal::Refused(token, other)),
+        }
+    }
+
+    fn subscribed(&mut self, suback: &SubAck) -> Result<Signal, &'static str> {
+        let filters = self.link.lock().subscribing.take();
+        if self.subscription.take() != Some(suback.pkid)
+            || filters != Some(suback.return_codes.len())
+        {
+            return Err("a SUBACK that fits no subscription");
+        }
+        let good = |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(_));
+        Ok(Signal::Subscribed {
+            refused: !suback.return_codes.iter().all(good),
+        })
+    }
+
+    fn connected(&mut self, connack: &ConnAck) -> Result<Signal, &'static str> {
+        let properties = connack.properties.as_ref();
+        if properties.is_some_and(|p| p.receive_max == Some(0)) {
+            return Err("a receive maximum of 0");
+        }
+        // The client takes the broker's keep-alive as it is: 0 would be pings without end, and with more than ours it
+        // would be slow to see that a connection is dead. The first ping still comes when the broker says.
+        let (own, said) = (
+            self.settings.keep_alive,
+            self.eventloop.options.keep_alive(),
+        );
+        if said.is_zero() || said > own {
+            self.eventloop.options.set_keep_alive(own);
+        }
+        self.ping = said.max(own);
+        self.settings.access.taken();
+        let limit = properties.and_then(|p| p.max_packet_size);
         let mut shared = self.link.lock();
         shared.generation += 1;
         shared.online = true;
         shared.packet_bytes_max = limit.map(|n| n as usize);
         self.since = Some(Instant::now());
-        Signal::Online
+        Ok(Signal::Online)
     }
 
     fn outgoing(&mut self, sent: &Outgoing) {
         if let Outgoing::PubAck(_) = *sent {
             self.intake.acknowledged();
+        }
+        if let Outgoing::Subscribe(pkid) = *sent {
+            self.subscription = Some(pkid);
         }
         if let Outgoing::Publish(pkid) = *sent {
             let mut shared = self.link.lock();
@@ -160,12 +238,72 @@ impl Poller {
         self.eventloop.state = MqttState::new(INFLIGHT_MAX as u16, true);
         drop(shared);
         self.intake.reset();
-        if self
+        self.subscription = None;
+        self.ping = self.settings.keep_alive;
+        if let Some(since) = self.since.take() {
+            self.settings.access.lost();
+            if since.elapsed() > STEADY {
+                self.backoff = BACKOFF_FIRST;
+            }
+        }
+    }
+
+    /// Looks whether certificates or password were renewed, before each attempt and now and then. Whether a connection
+    /// that stands was made with others: the session outlives another, and it shows at once whether they are any good.
+    fn look(&mut self) -> bool {
+        let is_online = self.since.is_some();
+        if is_online && self.looked.elapsed() < LOOK {
+            return false;
+        }
+        self.looked = Instant::now();
+        let renewed = self.settings.access.refresh();
+        if !is_online {
+            self.eventloop.options = options(&self.settings);
+        }
+        renewed && is_online
+    }
+
+    async fn say_complaint(&mut self) -> Result<(), mpsc::error::SendError<Signal>> {
+        let complaint = self.settings.access.complaint(latest());
+        if complaint == self.complaint {
+            return Ok(());
+        }
+        self.complaint.clone_from(&complaint);
+        self.signals.send(Signal::Access(complaint)).await
+    }
+
+    /// The client says something at least as often as it pings.
+    fn patience(&self) -> Duration {
+        STUCK + 2 * self.ping
+    }
+
+    fn overdue(&self) -> Option<Lost> {
+        let is_late = self
             .since
-            .take()
-            .is_some_and(|since| since.elapsed() > STEADY)
-        {
-            self.backoff = BACKOFF_FIRST;
+            .is_some_and(|since| since.elapsed() > SUBSCRIBING)
+            && self.link.lock().subscribing.is_some();
+        is_late.then(|| self.broken("no SUBACK"))
+    }
+
+    fn broken(&self, what: &str) -> Lost {
+        Lost {
+            reason: format!("the broker at {} breaks the protocol: {what}", self.place),
+            needs_help: true,
+        }
+    }
+
+    fn stuck(&self) -> Lost {
+        Lost {
+            reason: format!("the broker at {} reads nothing any more", self.place),
+            needs_help: false,
+        }
+    }
+
+    fn renewed(&mut self) -> Lost {
+        self.backoff = BACKOFF_FIRST;
+        Lost {
+            reason: "certificates or password were renewed: connecting anew with them".into(),
+            needs_help: false,
         }
     }
 
@@ -187,59 +325,4 @@ impl Poller {
         self.backoff = (full * 2).min(BACKOFF_LAST);
         full / 2 + full.mul_f64((random() % 1000) as f64 / 2000.0)
     }
-
-    fn explain(&self, error: &ConnectionError) -> Lost {
-        let place = &self.place;
-        let user = self.user.as_deref().unwrap_or("without a name");
-        let (reason, needs_help) = match error {
-            ConnectionError::ConnectionRefused(
-                ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
-            ) => (
-                format!(
-                    "the broker at {place} refuses user {user}: check the user and the password file"
-                ),
-                true,
-            ),
-            ConnectionError::ConnectionRefused(code) => (
-                format!("the broker at {place} refuses the connection: {code:?}"),
-                true,
-            ),
-            ConnectionError::Tls(e) => (format!("no TLS connection to {place}: {e}"), true),
-            ConnectionError::Io(e) if e.kind() == std::io::ErrorKind::InvalidData => {
-                (format!("no TLS connection to {place}: {e}"), true)
-            }
-            ConnectionError::Io(e) => (
-                format!("the broker at {place} can't be reached: {e}"),
-                false,
-            ),
-            ConnectionError::Timeout(_) => {
-                (format!("the broker at {place} does not answer"), false)
-            }
-            error if is_taken_over(error) => (
-                format!(
-                    "another client connected to {place} under this client id: each gateway needs its own"
-                ),
-                true,
-            ),
-            ConnectionError::MqttState(StateError::AwaitPingResp) => {
-                (format!("the broker at {place} went silent"), false)
-            }
-            ConnectionError::MqttState(e) => {
-                (format!("the connection to {place} was lost: {e}"), false)
-            }
-            other => (format!("no connection to {place}: {other}"), false),
-        };
-        Lost { reason, needs_help }
-    }
-}
-
-/// Whether another client came under our client id.
-fn is_taken_over(error: &ConnectionError) -> bool {
-    matches!(
-        error,
-        ConnectionError::MqttState(StateError::ServerDisconnect {
-            reason_code: DisconnectReasonCode::SessionTakenOver,
-            ..
-        })
-    )
 }

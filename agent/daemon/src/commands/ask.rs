@@ -2,7 +2,9 @@
 
 mod screen;
 
-use crate::broker::{self, Credentials, Inbox, Link, Lost, Outgoing, Settings, Signal, Token, tls};
+use crate::broker::{
+    self, Access, Files, Inbox, Link, Lost, Outgoing, Settings, Signal, Token, tls,
+};
 use crate::clock::random;
 use crate::config::{Config, is_loopback};
 use anyhow::{Context, Result, bail, ensure};
@@ -114,7 +116,7 @@ pub struct Args {
 
 pub(super) async fn run(args: Args) -> Result<()> {
     let (settings, base) = reach(&args)?;
-    let user = settings.credentials.as_ref().map(|c| c.user.clone());
+    let user = settings.access.user().map(str::to_owned);
     let sender = args
         .sender
         .clone()
@@ -194,24 +196,27 @@ fn direct(args: &Args) -> Result<Settings> {
     let port = port
         .parse()
         .with_context(|| format!("--broker names no port: {place}"))?;
-    let files = args.ca.clone().map(|ca| tls::Files {
+    let tls = args.ca.clone().map(|ca| tls::Files {
         ca,
         cert: args.cert.clone(),
         key: args.key.clone(),
     });
-    let tls = files.as_ref().map(tls::client).transpose()?;
+    let access = Access::read(Files {
+        tls,
+        user: args.user.clone(),
+        password: args.password_file.clone(),
+    })?;
     ensure!(
-        tls.is_some() || args.plaintext || is_loopback(host),
+        access.has_tls() || args.plaintext || is_loopback(host),
         "{host} is another machine: give --ca FILE for TLS, or --plaintext if that is meant"
     );
     Ok(Settings {
         host: host.to_owned(),
         port,
-        credentials: Credentials::read(args.user.clone(), args.password_file.as_deref())?,
+        access,
         client_id: String::new(),
         keep_alive: Duration::from_secs(10),
         session_expiry: Duration::ZERO,
-        tls,
         will: None,
     })
 }
@@ -339,7 +344,8 @@ impl Asking {
                 ensure!(!needs_help && self.phase != Phase::Connecting, "{reason}");
                 self.screen.status(&format!("{reason}; connecting again"));
             }
-            Signal::Delivered(_) => {}
+            Signal::Delivered(_) | Signal::Access(None) => {}
+            Signal::Access(Some(why)) => self.screen.status(&why),
             Signal::Refused(_, why) => bail!(
                 "the broker doesn't let {} send tasks to {}: {why:?}",
                 self.sender,

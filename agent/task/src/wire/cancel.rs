@@ -3,7 +3,7 @@
 use super::compact::CancelV1;
 use super::event::{Code, Refusal};
 use super::{Envelope, Format, Key, echo, id_is_plain};
-use crate::limits::PAYLOAD_BYTES_MAX;
+use crate::limits::CANCEL_BYTES_MAX;
 
 /// A sender's wish to stop one of its own tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,13 +20,7 @@ pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
             "a cancel must not be published with RETAIN".into(),
         ));
     }
-    let Some(format) = Format::of(envelope.content_type) else {
-        return Err(Refusal::new(Code::Unsupported, Format::expected()));
-    };
-    if envelope.payload.len() > PAYLOAD_BYTES_MAX {
-        let reason = format!("the payload has {} bytes", envelope.payload.len());
-        return Err(Refusal::new(Code::TooLarge, reason).with_limit(PAYLOAD_BYTES_MAX as u64));
-    }
+    let format = envelope.judge(CANCEL_BYTES_MAX)?;
     let CancelV1 { task } = match format {
         Format::Json => CancelV1::from_json(envelope.payload)?,
         Format::Postcard => CancelV1::from_compact(envelope.payload)?,
@@ -58,6 +52,7 @@ mod tests {
             content_type: None,
             response_topic: None,
             correlation: None,
+            user_properties: &[],
             expiry: None,
             retain: false,
         }
@@ -80,6 +75,7 @@ mod tests {
             (br#"{"task": "a", "why": 1}"#, "`why` is unknown"),
             (b"", "not valid JSON"),
             (b"[]", "not a JSON object"),
+            (&[b' '; CANCEL_BYTES_MAX + 1], "1024 are allowed"),
         ] {
             let refusal = decode_cancel(&envelope(payload)).unwrap_err();
             assert!(refusal.reason.contains(part), "{}", refusal.reason);

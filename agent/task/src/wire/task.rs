@@ -128,7 +128,7 @@ impl Decoder {
     }
 
     /// What must hold before the payload is looked into.
-    fn judge_envelope(&self, envelope: &Envelope<'_>) -> Result<(), Refusal> {
+    fn judge_envelope(&self, envelope: &Envelope<'_>) -> Result<Format, Refusal> {
         if envelope
             .correlation
             .is_some_and(|c| c.len() > CORRELATION_BYTES_MAX)
@@ -139,15 +139,7 @@ impl Decoder {
                 Refusal::new(Code::TooLarge, reason).with_limit(CORRELATION_BYTES_MAX as u64)
             );
         }
-        if Format::of(envelope.content_type).is_none() {
-            return Err(Refusal::new(Code::Unsupported, Format::expected()));
-        }
-        let (bytes, limit) = (envelope.payload.len(), self.bounds.payload_bytes_max);
-        if bytes > limit {
-            let reason = format!("the payload has {bytes} bytes; {limit} are allowed");
-            return Err(Refusal::new(Code::TooLarge, reason).with_limit(limit as u64));
-        }
-        Ok(())
+        envelope.judge(self.bounds.payload_bytes_max)
     }
 
     fn read(

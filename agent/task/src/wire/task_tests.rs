@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::calendar;
+use crate::limits::{USER_PROPERTIES_MAX, USER_PROPERTY_BYTES_MAX};
 use crate::topic::Base;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -34,6 +35,7 @@ fn envelope(payload: &[u8]) -> Envelope<'_> {
         content_type: None,
         response_topic: None,
         correlation: None,
+        user_properties: &[],
         expiry: None,
         retain: false,
     }
@@ -218,6 +220,22 @@ fn the_envelope_is_judged_too() {
         Code::TooLarge
     );
     assert_eq!(code(envelope(&[b' '; 4097])), Code::TooLarge);
+    let many = vec![(String::new(), String::new()); USER_PROPERTIES_MAX + 1];
+    let long = [("name".to_owned(), "v".repeat(USER_PROPERTY_BYTES_MAX - 3))];
+    for user_properties in [&many[..], &long[..]] {
+        // Not JSON: it is refused before that is looked at.
+        let with = Envelope {
+            user_properties,
+            ..envelope(b"{")
+        };
+        assert_eq!(code(with), Code::TooLarge);
+    }
+    let fitting = vec![(String::new(), "v".repeat(128)); USER_PROPERTIES_MAX];
+    let with = Envelope {
+        user_properties: &fitting,
+        ..envelope(b"{")
+    };
+    assert_eq!(code(with), Code::Invalid);
 }
 
 #[test]

@@ -52,6 +52,7 @@ fn read(input: &[u8]) {
         content_type,
         response_topic: response_topic.as_deref(),
         correlation,
+        user_properties: &[],
         expiry: (kind & 8 != 0).then_some(Duration::from_secs(u64::from(kind))),
         retain: kind & 16 != 0,
     };

@@ -39,6 +39,7 @@ pub(super) fn envelope(format: Format, payload: &[u8]) -> Envelope<'_> {
         payload,
         content_type: Some(format.content_type()),
         response_topic: None,
+        user_properties: &[],
         correlation: None,
         expiry: None,
         retain: false,
