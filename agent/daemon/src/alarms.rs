@@ -14,20 +14,28 @@ const LINGER: Duration = Duration::from_hours(1);
 pub enum Alarm {
     /// The journal can't be written.
     Journal,
-    /// The broker refuses the subscription to tasks.
+    /// The broker refuses the subscription to tasks: the gateway's own, or its pool's.
     Subscription,
+    /// The pool's connection is down.
+    Pool,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
 }
 
 impl Alarm {
-    pub const ALL: [Self; 3] = [Self::Journal, Self::Subscription, Self::Undeliverable];
+    pub const ALL: [Self; 4] = [
+        Self::Journal,
+        Self::Subscription,
+        Self::Pool,
+        Self::Undeliverable,
+    ];
 
     /// Its topic's last level.
     pub fn name(self) -> &'static str {
         match self {
             Self::Journal => "journal",
             Self::Subscription => "subscription",
+            Self::Pool => "pool",
             Self::Undeliverable => "undeliverable",
         }
     }

@@ -210,6 +210,11 @@ impl Link {
                 .is_ok()
     }
 
+    /// Ends a subscription. False when there is no room for that.
+    pub fn unsubscribe(&self, filter: &str) -> bool {
+        self.lock().online && self.client.try_unsubscribe(filter).is_ok()
+    }
+
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to
     /// another message, and the broker sends it again anyway.
     pub fn ack(&self, receipt: Receipt) {
