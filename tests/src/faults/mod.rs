@@ -20,6 +20,7 @@ pub mod soak;
 mod stage;
 mod suite;
 
+pub use shim::{ENOSPC, Field, Shim};
 pub use suite::{Options, run};
 
 use judge::Verdict;

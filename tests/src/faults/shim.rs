@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 /// The control file's integers, in the shim's order.
 #[derive(Clone, Copy)]
-pub(crate) enum Field {
+pub enum Field {
     ClockOffset = 0,
     FsyncFails = 1,
     WriteFails = 2,
@@ -28,11 +28,11 @@ pub(crate) enum Field {
 
 const FIELDS: usize = 16;
 pub(super) const EIO: i64 = 5;
-pub(super) const ENOSPC: i64 = 28;
+pub const ENOSPC: i64 = 28;
 pub(super) const EROFS: i64 = 30;
 
 /// A shim for one agent.
-pub(crate) struct Shim {
+pub struct Shim {
     folder: TempDir,
     library: PathBuf,
     control: File,
@@ -41,7 +41,7 @@ pub(crate) struct Shim {
 
 impl Shim {
     /// Why there is none, if there can't be.
-    pub(crate) fn new(state: &Path) -> Result<Self, String> {
+    pub fn new(state: &Path) -> Result<Self, String> {
         let library = library()?;
         let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
         let path = folder.path().join("control");
@@ -56,7 +56,7 @@ impl Shim {
     }
 
     /// The agent's environment; with `undo` a power cut can be played.
-    pub(crate) fn env(&self, undo: bool) -> Vec<(String, String)> {
+    pub fn env(&self, undo: bool) -> Vec<(String, String)> {
         let at = |name: &str| self.folder.path().join(name).display().to_string();
         let mut env = vec![
             ("LD_PRELOAD", self.library.display().to_string()),
@@ -72,13 +72,13 @@ impl Shim {
         owned.collect()
     }
 
-    pub(super) fn set(&self, field: Field, value: i64) {
+    pub fn set(&self, field: Field, value: i64) {
         let at = field as u64 * 8;
         let written = self.control.write_all_at(&value.to_ne_bytes(), at);
         written.expect("the control file");
     }
 
-    pub(crate) fn get(&self, field: Field) -> i64 {
+    pub fn get(&self, field: Field) -> i64 {
         let mut bytes = [0; 8];
         let read = self.control.read_exact_at(&mut bytes, field as u64 * 8);
         read.expect("the control file");
