@@ -349,6 +349,10 @@ fn a_pool_that_the_broker_refuses_raises_the_alarm_that_says_so() {
     assert!(!reason.contains("gw-1"), "{reason}");
     // By its own topic it is there; of the pool it takes nothing, though this mosquitto lets it join.
     await_taking(&broker, "gw-1", false);
+    let mut mes = Client::at(&broker, "mes", POOL);
+    mes.task(&small("pools"));
+    let answer = mes.next_within(Duration::from_secs(1), |m| m.topic.ends_with("/pools"));
+    assert!(answer.is_none(), "{answer:?}");
     console.generate("own", 4);
     assert_eq!(console.outcome("own")["event"], "done");
     console.await_state("online");
