@@ -9,6 +9,10 @@ use tempfile::TempDir;
 /// What the configuration of an agent under test says beyond the least.
 #[derive(Default, Clone)]
 pub struct Setup {
+    /// Default: `gw-1`.
+    pub name: Option<String>,
+    /// The pool that it is in, if any.
+    pub pool: Option<String>,
     /// Default: the tiny model.
     pub bundle: Option<PathBuf>,
     /// Lines for the configuration's sections.
@@ -111,13 +115,19 @@ fn configuration(broker: &Broker, setup: &Setup, folder: &Path) -> String {
     let own = || folder.join("state");
     // This machine may be hard pressed by the tests themselves.
     let governor = setup.agent.contains("governor");
+    let pool = setup
+        .pool
+        .as_ref()
+        .map(|name| format!("[pool]\nname = '{name}'\n"));
     let state_dir = setup.state_dir.clone().unwrap_or_else(own);
     format!(
-        "[gateway]\nsite = 'plant'\nname = 'gw-1'\n\
+        "[gateway]\nsite = 'plant'\nname = '{}'\n{}\
          [model]\nbundle = '{}'\nstate_dir = '{}'\n{}\n\
          [tasks]\n{}\n\
          [agent]\nhealth_interval_s = 1\n{}\n{}\n\
          [broker]\nhost = '127.0.0.1'\nport = {}\nkeep_alive_s = 5\n{}\n",
+        setup.name.as_deref().unwrap_or("gw-1"),
+        pool.unwrap_or_default(),
         bundle.display(),
         state_dir.display(),
         setup.model,

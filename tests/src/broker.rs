@@ -36,6 +36,8 @@ pub enum Keeps {
 pub struct Broker {
     child: Child,
     folder: TempDir,
+    /// Whether clients need a password.
+    pub(crate) knows_users: bool,
     /// Where agents connect.
     pub port: u16,
     /// Where tests connect: the same, but without TLS.
@@ -86,6 +88,7 @@ impl Broker {
                 return Self {
                     child,
                     folder,
+                    knows_users: security == Security::Passwords,
                     port,
                     client_port,
                 };
@@ -249,7 +252,14 @@ fn write_users(folder: &Path) {
             .args([*user, &format!("{user}-secret")]);
         crate::run(&mut command);
     }
-    let acl = "user gw\ntopic readwrite millwright/v1/plant/gw-1/#\n\n\
+    // Of the pool, what PROTOCOL.md says that a member needs; answers no deeper than the default.
+    let acl = "user gw\ntopic readwrite millwright/v1/plant/gw-1/#\n\
+        topic read millwright/v1/plant/pool/line3/task/+\n\
+        topic read millwright/v1/plant/pool/line3/cancel/+\n\
+        topic write millwright/v1/plant/pool/line3/result/+/+\n\n\
+        pattern write millwright/v1/plant/pool/line3/task/%u\n\
+        pattern write millwright/v1/plant/pool/line3/cancel/%u\n\
+        pattern read millwright/v1/plant/pool/line3/result/%u/#\n\
         pattern write millwright/v1/plant/gw-1/task/%u\n\
         pattern write millwright/v1/plant/gw-1/cancel/%u\n\
         pattern read millwright/v1/plant/gw-1/result/%u/#\n\

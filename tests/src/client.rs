@@ -10,6 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+/// Without a final event for this long, [`Client::insist`] sends again.
+const RESEND: Duration = Duration::from_secs(3);
+
 /// A message as it came.
 #[derive(Debug, Clone)]
 pub struct Message {
@@ -29,6 +32,8 @@ pub struct Outgoing {
 /// A connected client, subscribed to the results for its sender, the gateway's state and its card.
 pub struct Client {
     mqtt: Mqtt,
+    /// Of the gateway or the pool that it asks.
+    base: String,
     sender: String,
     incoming: Receiver<Message>,
     /// One for each SUBACK.
@@ -52,6 +57,11 @@ impl Message {
 impl Client {
     /// Connects as `sender`, with the password that [`Security::Passwords`](crate::Security) gives it.
     pub fn connect(broker: &Broker, sender: &str) -> Self {
+        Self::at(broker, sender, BASE)
+    }
+
+    /// The same, for another gateway or a pool.
+    pub fn at(broker: &Broker, sender: &str, base: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!(
             "{sender}-{}-{}",
@@ -59,16 +69,18 @@ impl Client {
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
         let mut options = MqttOptions::new(id, "127.0.0.1", broker.client_port);
-        options.set_credentials(sender, format!("{sender}-secret"));
+        if broker.knows_users {
+            options.set_credentials(sender, format!("{sender}-secret"));
+        }
         options.set_max_packet_size(Some(1 << 20));
         options.set_keep_alive(Duration::from_secs(5));
         let (mqtt, mut connection) = Mqtt::new(options, 256);
         let (collected, incoming) = channel();
         let (confirmed, subscribed) = channel();
         let filters = [
-            format!("{BASE}/result/{sender}/#"),
-            format!("{BASE}/state"),
-            format!("{BASE}/card"),
+            format!("{base}/result/{sender}/#"),
+            format!("{base}/state"),
+            format!("{base}/card"),
         ];
         let again = mqtt.clone();
         // Ends with the last handle of the client, or when the test no longer listens.
@@ -101,6 +113,7 @@ impl Client {
         }
         Self {
             mqtt,
+            base: base.into(),
             sender: sender.into(),
             incoming,
             subscribed,
@@ -119,12 +132,12 @@ impl Client {
             .expect("the broker confirms the subscription");
     }
 
-    /// Publishes to `{BASE}/{tail}`.
+    /// Publishes to `{base}/{tail}`.
     pub fn publish(&self, tail: &str, payload: impl Into<Vec<u8>>, with: Outgoing) {
         let Outgoing { retain, properties } = with;
         let payload = payload.into();
         let sent = self.mqtt.publish_with_properties(
-            format!("{BASE}/{tail}"),
+            format!("{}/{tail}", self.base),
             QoS::AtLeastOnce,
             retain,
             payload,
@@ -191,7 +204,7 @@ impl Client {
 
     /// Waits for the gateway's state.
     pub fn await_state(&mut self, state: &str) -> Value {
-        let topic = format!("{BASE}/state");
+        let topic = format!("{}/state", self.base);
         self.next(&format!("state {state}"), |m| {
             m.topic == topic && m.json()["state"] == state
         })
@@ -225,9 +238,30 @@ impl Client {
         self.events(id).pop().expect("events end with a final one")
     }
 
+    /// The requester's side of the promise: sends the same task again until there is an outcome. One that was refused is
+    /// sent again too, when the refusal says or soon.
+    pub fn insist(&mut self, task: &Value) -> Value {
+        let id = task["id"].as_str().expect("the task has an id");
+        let deadline = Instant::now() + 4 * SOON;
+        while Instant::now() < deadline {
+            self.task(task);
+            let is_last = |m: &Message| is_event(m, id) && is_final(&m.json());
+            let Some(last) = self.next_within(RESEND, is_last) else {
+                continue;
+            };
+            let event = last.json();
+            if event["event"] != "rejected" {
+                return event;
+            }
+            let pause = event["retry_after_ms"].as_u64().unwrap_or(100);
+            std::thread::sleep(Duration::from_millis(pause).min(RESEND));
+        }
+        panic!("{id} has no outcome; kept: {:#?}", self.kept);
+    }
+
     /// What the agent says to something without an id.
     pub fn refusal(&mut self) -> Value {
-        let topic = format!("{BASE}/result/{}/_invalid", self.sender);
+        let topic = format!("{}/result/{}/_invalid", self.base, self.sender);
         self.next("a refusal on _invalid", |m| m.topic == topic)
             .json()
     }

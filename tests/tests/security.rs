@@ -106,6 +106,28 @@ fn an_answer_that_the_acl_refuses_is_said_where_it_may_be_and_raises_an_alarm() 
 }
 
 #[test]
+fn a_pools_answer_that_the_acl_refuses_is_said_on_the_pools_default_topic() {
+    const POOL: &str = "millwright/v1/plant/pool/line3";
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start(Security::Passwords);
+    let setup = Setup {
+        pool: Some("line3".into()),
+        ..password(folder.path(), "gw-secret")
+    };
+    let _agent = Agent::with(&broker, &setup);
+    let mut mes = Client::at(&broker, "mes", POOL);
+    let task = |id: &str| json!({ "id": id, "kind": "generate", "prompt": "x", "max_tokens": 4 });
+    // As soon as it is a member, with no more rights than that takes.
+    assert_eq!(mes.insist(&task("good"))["event"], "done");
+    let mut deep = task("deep");
+    deep["reply_to"] = format!("{POOL}/result/mes/a/b").into();
+    mes.task(&deep);
+    let topic = format!("{POOL}/result/mes/deep");
+    let failed = mes.next("the last word", |m| m.topic == topic).json();
+    assert_eq!(failed["code"], "reply_undeliverable", "{failed}");
+}
+
+#[test]
 fn a_wrong_password_is_said_and_mended_without_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let broker = Broker::start(Security::Passwords);

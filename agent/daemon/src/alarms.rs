@@ -15,8 +15,10 @@ const LINGER: Duration = Duration::from_hours(1);
 pub enum Alarm {
     /// The journal can't be written.
     Journal,
-    /// The broker refuses the subscription to tasks.
+    /// The broker refuses the subscription to tasks: the gateway's own, or its pool's.
     Subscription,
+    /// The pool's connection is down.
+    Pool,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
     /// A certificate ends soon, or what was renewed can't be used.
@@ -26,9 +28,10 @@ pub enum Alarm {
 }
 
 impl Alarm {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Journal,
         Self::Subscription,
+        Self::Pool,
         Self::Undeliverable,
         Self::Certificate,
         Self::Pressed(Cause::Temperature),
@@ -42,6 +45,7 @@ impl Alarm {
         match self {
             Self::Journal => "journal",
             Self::Subscription => "subscription",
+            Self::Pool => "pool",
             Self::Undeliverable => "undeliverable",
             Self::Certificate => "certificate",
             Self::Pressed(Cause::Temperature) => "temperature",

@@ -1,12 +1,13 @@
 //! The whole agent on one screen: its tasks, its channels, its drain. What happens in each case is the
 //! dispatcher's.
 
-use crate::broker::{self, Will};
+use crate::broker::{self, Inbox, Will};
 use crate::card::{self, Model, State};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, Parts};
 use crate::journal::Journal;
+use crate::pool::Via;
 use crate::probe::{Machine, Probe};
 use crate::worker::{self, Brain, Prepare};
 use anyhow::{Result, anyhow};
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long a lost connection may come back before the plant is told.
@@ -76,6 +78,15 @@ where
         will: Some(will),
         ..config.broker.clone()
     });
+    let mut pollers = JoinSet::new();
+    let (pool, mut pool_inbox) = match &config.pool {
+        Some(pool) => {
+            let (link, poller, inbox) = broker::open(&pool.broker);
+            pollers.spawn(poller.run());
+            (Some(link), inbox)
+        }
+        None => (None, Inbox::closed()),
+    };
     let worker::Worker {
         commands,
         mut reports,
@@ -90,6 +101,7 @@ where
         kv_tokens_max,
         journal,
         link: link.clone(),
+        pool: pool.clone(),
         config: Arc::clone(&config),
         clock,
         model,
@@ -97,14 +109,16 @@ where
         commands,
     });
     agent.resume(past);
-    let mut poller = tokio::spawn(poller.run());
+    pollers.spawn(poller.run());
     tokio::pin!(shutdown);
 
     let mut phase = Phase::Serving;
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
-            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(&message),
+            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Own, &message),
+            Some(signal) = pool_inbox.signals.recv() => agent.on_pool_signal(signal),
+            Some(message) = pool_inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Pool, &message),
             report = reports.recv() => match report {
                 Some(report) => agent.on_report(report),
                 None => break Err(anyhow!("the model's thread died; the log above says of what")),
@@ -120,7 +134,7 @@ where
                     agent.say_health(&machine, load);
                 }
             }
-            _ = &mut poller => break Err(anyhow!("the connection's task died; the log above says of what")),
+            _ = pollers.join_next() => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
             () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick(),
             () = &mut shutdown, if phase == Phase::Serving => {
@@ -152,10 +166,16 @@ where
         }
     };
     let _ = timeout(FAREWELL, goodbye).await;
-    link.close();
-    if !poller.is_finished() && timeout(FAREWELL, &mut poller).await.is_err() {
-        poller.abort();
+    for link in std::iter::once(&link).chain(&pool) {
+        link.close();
     }
+    // With nobody to listen to its signals a poller ends too.
+    drop(pool_inbox);
+    let _ = timeout(FAREWELL, async {
+        while pollers.join_next().await.is_some() {}
+    })
+    .await;
+    drop(pollers);
     // Their threads may wait for somebody to listen, and are waited for in turn.
     drop((written, reports));
     drop(agent);

@@ -23,7 +23,10 @@ pub use poller::Poller;
 
 use access::Credentials;
 use link::Shared;
-use millwright_task::limits::{INFLIGHT_MAX, PACKET_BYTES_MAX, RECEIVE_MAX, REQUESTS_MAX};
+use millwright_task::limits::{
+    INBOX_BRIEF_BYTES_MAX, INBOX_BYTES_MAX, INFLIGHT_MAX, PACKET_BYTES_MAX, RECEIVE_BRIEF_MAX,
+    RECEIVE_MAX, REQUESTS_MAX,
+};
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
     ConnectProperties, LastWill, LastWillProperties, PubAckReason, Publish,
@@ -45,6 +48,17 @@ pub struct Settings {
     /// Zero means a clean session.
     pub session_expiry: Duration,
     pub will: Option<Will>,
+}
+
+impl Settings {
+    /// Messages that the broker may have unacknowledged with us, and the bytes that we hold undecided.
+    fn intake(&self) -> (usize, usize) {
+        if self.session_expiry.is_zero() {
+            (RECEIVE_BRIEF_MAX, INBOX_BRIEF_BYTES_MAX)
+        } else {
+            (RECEIVE_MAX, INBOX_BYTES_MAX)
+        }
+    }
 }
 
 /// What the broker publishes, retained, when the connection is lost for longer than `delay`.
@@ -116,6 +130,16 @@ pub struct Inbox {
     pub messages: mpsc::Receiver<Message>,
 }
 
+impl Inbox {
+    /// That of a connection which is not there: nothing comes.
+    pub fn closed() -> Self {
+        Self {
+            signals: mpsc::channel(1).1,
+            messages: mpsc::channel(1).1,
+        }
+    }
+}
+
 /// A connection's three ends. Nothing happens until the poller is run.
 pub fn open(settings: &Settings) -> (Link, Poller, Inbox) {
     let (client, eventloop) = AsyncClient::new(options(settings), REQUESTS_MAX);
@@ -125,7 +149,7 @@ pub fn open(settings: &Settings) -> (Link, Poller, Inbox) {
         Arc::new(Notify::new()),
     );
     let (signals_tx, signals) = mpsc::channel(64);
-    let (intake, messages) = inbox::open();
+    let (intake, messages) = inbox::open(settings.intake().1);
     let poller = Poller::new(eventloop, link.clone(), settings, signals_tx, intake);
     (link, poller, Inbox { signals, messages })
 }
@@ -135,7 +159,7 @@ fn options(settings: &Settings) -> MqttOptions {
     let expiry = settings.session_expiry.as_secs().min(u64::from(u32::MAX)) as u32;
     let mut properties = ConnectProperties::new();
     properties.session_expiry_interval = Some(expiry);
-    properties.receive_maximum = Some(RECEIVE_MAX as u16);
+    properties.receive_maximum = Some(settings.intake().0 as u16);
     properties.max_packet_size = Some(PACKET_BYTES_MAX as u32);
     // A small event must not wait for the acknowledgement of the packet before it: 42 ms on Linux.
     let mut network = NetworkOptions::new();

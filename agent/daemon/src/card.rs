@@ -71,6 +71,10 @@ pub fn state(
 /// The payload of `{base}/card`.
 pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec<u8> {
     let (gateway, tasks) = (&config.gateway, &config.tasks);
+    let pools = config.pool.iter();
+    let pools: Vec<_> = pools
+        .map(|pool| json!({"name": pool.name, "base": pool.base.to_string()}))
+        .collect();
     let kinds: &[&str] = if model.chat {
         &["generate", "chat"]
     } else {
@@ -78,7 +82,7 @@ pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec
     };
     bytes(&json!({
         "gateway": gateway.name, "site": gateway.site, "area": gateway.area, "line": gateway.line,
-        "base": config.base.to_string(), "pools": [], "protocols": [1], "agent": env!("CARGO_PKG_VERSION"),
+        "base": config.base.to_string(), "pools": pools, "protocols": [1], "agent": env!("CARGO_PKG_VERSION"),
         "content_types": wire::Format::ALL.map(wire::Format::content_type),
         "model": model, "kinds": kinds, "fields": wire::FIELDS, "templates": [], "adapters": [],
         "limits": {

@@ -1,6 +1,8 @@
 //! The configuration file, parsed into a type that can't be wrong. `deploy/agent.toml` is the reference:
 //! every key with its meaning and its default.
 
+mod pool;
+
 use crate::broker::{Access, Files, Settings, tls};
 use crate::clock::Trust;
 use anyhow::{Context, Result, bail, ensure};
@@ -8,6 +10,7 @@ use millwright_engine::KvPrecision;
 use millwright_task::admission::Share;
 use millwright_task::limits;
 use millwright_task::topic::{Base, ReplyRules};
+pub use pool::Pool;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -20,6 +23,7 @@ pub struct Config {
     pub gateway: Gateway,
     pub base: Base,
     pub reply_rules: ReplyRules,
+    pub pool: Option<Pool>,
     pub broker: Settings,
     pub model: Model,
     pub tasks: Tasks,
@@ -104,10 +108,18 @@ impl Config {
         let base = base.map_err(|e| {
             anyhow::anyhow!("gateway.base, or site and name, don't make a topic: {e}")
         })?;
-        let reply_rules = ReplyRules::new(base.clone(), &raw.tasks.reply_prefixes)
-            .context("tasks.reply_prefixes")?;
+        let prefixes = raw.tasks.reply_prefixes.clone();
+        let mut reply_rules =
+            ReplyRules::new(base.clone(), &prefixes).context("tasks.reply_prefixes")?;
         let tasks = raw.tasks.check(raw.senders)?;
         let broker = raw.broker.check(&raw.gateway, tasks.deadline_max)?;
+        let pool = raw
+            .pool
+            .map(|pool| pool.check(&raw.gateway, &base, &prefixes, &broker))
+            .transpose()?;
+        if let Some(pool) = &pool {
+            reply_rules = reply_rules.beside(pool.base.clone());
+        }
         ensure!(
             raw.agent.health_interval_s >= 1,
             "agent.health_interval_s must be at least 1"
@@ -132,6 +144,7 @@ impl Config {
         Ok(Self {
             base,
             reply_rules,
+            pool,
             broker,
             tasks,
             gateway: raw.gateway,
@@ -165,6 +178,7 @@ fn without_values(message: &str) -> String {
 #[serde(deny_unknown_fields)]
 struct Raw {
     gateway: Gateway,
+    pool: Option<pool::RawPool>,
     broker: RawBroker,
     model: Model,
     #[serde(default)]

@@ -4,6 +4,7 @@
 
 mod easing;
 mod keeping;
+mod pooling;
 mod prompts;
 mod sayings;
 
@@ -16,6 +17,7 @@ use crate::crash;
 use crate::intake::{self, Wish};
 use crate::journal::{Change, Journal, Mark};
 use crate::outbox::{Outbox, Purpose};
+use crate::pool::{Member, Via};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Report, Work};
 use easing::Easing;
@@ -43,6 +45,8 @@ pub struct Parts<P: Prepare> {
     pub kv_tokens_max: usize,
     pub journal: Journal,
     pub link: Link,
+    /// The pool's, if the gateway is in one.
+    pub pool: Option<Link>,
     pub commands: mpsc::Sender<Command<P::Work>>,
 }
 
@@ -53,7 +57,8 @@ pub struct Dispatcher<P: Prepare> {
     admission: Admission<(P::Work, u64)>,
     outbox: Outbox,
     /// Acknowledgements that wait for the journal, in order of arrival.
-    owed: VecDeque<(Mark, Receipt)>,
+    owed: VecDeque<(Mark, Via, Receipt)>,
+    pool: Option<Member>,
     /// Why the journal can't be written, while it can't.
     trouble: Option<String>,
     /// The broker refuses the subscription to tasks.
@@ -74,7 +79,7 @@ pub struct Dispatcher<P: Prepare> {
 }
 
 impl<P: Prepare> Dispatcher<P> {
-    pub fn new(parts: Parts<P>) -> Self {
+    pub fn new(mut parts: Parts<P>) -> Self {
         let (config, tasks) = (&parts.config, &parts.config.tasks);
         let decoder = Decoder {
             base: config.base.clone(),
@@ -87,8 +92,18 @@ impl<P: Prepare> Dispatcher<P> {
                 deadline_max: tasks.deadline_max,
             },
         };
+        let pool = config.pool.as_ref().zip(parts.pool.take());
+        let pool = pool.map(|(pool, link)| {
+            let decoder = Decoder {
+                base: pool.base.clone(),
+                rules: pool.reply_rules.clone(),
+                ..decoder.clone()
+            };
+            Member::new(pool.name.clone(), link, decoder)
+        });
         let admission = Admission::new(Rules {
             gateway: config.gateway.name.clone(),
+            base: pool.is_some().then(|| config.base.to_string()),
             run_prefix: format!("{:08x}", random() as u32),
             queue_tasks_max: tasks.queue_max,
             queue_bytes_max: millwright_task::limits::QUEUE_BYTES_MAX,
@@ -109,6 +124,7 @@ impl<P: Prepare> Dispatcher<P> {
             admission,
             outbox: Outbox::default(),
             owed: VecDeque::new(),
+            pool,
             trouble: None,
             is_unheard: false,
             is_draining: false,
@@ -171,12 +187,8 @@ impl<P: Prepare> Dispatcher<P> {
                         "the broker refuses the subscription: check its access rules for {}",
                         self.decoder.base
                     );
-                    let reason = "the broker refuses the subscription: check its access rules";
-                    let now = self.parts.clock.now();
-                    self.alarms.raise(now, Alarm::Subscription, reason);
-                } else {
-                    self.alarms.clear(Alarm::Subscription);
                 }
+                self.judge_subscriptions();
                 self.say_state();
                 self.say_card();
                 self.alarms.repeat();
@@ -211,16 +223,17 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     /// Decides on a message and notes the decision. It is acknowledged, and the decision said, when that is on disk.
-    pub fn on_message(&mut self, message: &Message) {
+    pub fn on_message(&mut self, via: Via, message: &Message) {
         let receipt = message.receipt();
-        if receipt.is_some_and(|receipt| !self.parts.link.is_on(receipt)) {
-            // Its connection is gone: the broker delivers it again, and it is decided then, once.
+        if receipt.is_some_and(|receipt| !self.link(via).is_on(receipt)) {
+            // Its connection is gone: the broker delivers it again, and it is decided then, once. Of a pool's task its
+            // sender does that.
             return;
         }
         let now = self.parts.clock.now();
-        match intake::read(&self.decoder, now, &message.publish) {
+        match intake::read(self.decoder(via), now, &message.publish) {
             Wish::Task(task) => self.on_task(task),
-            Wish::Cancel(cancel, reply) => self.on_cancel(&cancel.key, &reply),
+            Wish::Cancel(cancel, reply) => self.on_cancel(via, &cancel.key, &reply),
             Wish::Refused(refused) => {
                 let code = refused.refusal.code;
                 self.tally.refused(code);
@@ -235,7 +248,7 @@ impl<P: Prepare> Dispatcher<P> {
             }
             Wish::Nothing(why) => tracing::warn!("a message can't be answered: {why}"),
         }
-        let owed = receipt.map(|receipt| (self.parts.journal.mark(), receipt));
+        let owed = receipt.map(|receipt| (self.parts.journal.mark(), via, receipt));
         self.owed.extend(owed);
     }
 
@@ -279,7 +292,7 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    fn on_cancel(&mut self, key: &wire::Key, reply: &Reply) {
+    fn on_cancel(&mut self, via: Via, key: &wire::Key, reply: &Reply) {
         let now = self.parts.clock.now();
         match self.admission.cancel(now, key, reply) {
             Cancelled::Waiting(post) => {
@@ -295,7 +308,10 @@ impl<P: Prepare> Dispatcher<P> {
             Cancelled::Unknown(post) => {
                 let (key, at) = (post.key.clone(), now.own);
                 self.note(Change::CancelKept { key, at });
-                self.say(post);
+                // All members hear a pool's cancel: whoever has the task answers.
+                if via == Via::Own {
+                    self.say(post);
+                }
             }
             Cancelled::AlreadyFinal(post) => self.say(post),
         }
@@ -423,6 +439,7 @@ impl<P: Prepare> Dispatcher<P> {
     pub fn tick(&mut self) {
         self.alarms.pass(self.parts.clock.now());
         self.miss_sensors();
+        self.tick_pool();
         let Due { posts, stop } = self.admission.tick(self.parts.clock.now());
         for ticket in stop {
             self.stop(ticket);
@@ -497,12 +514,13 @@ impl<P: Prepare> Dispatcher<P> {
                 Gone::Cancel(key) => Change::CancelGone(key),
             });
         }
+        self.settle_pool();
         let kept = self.parts.journal.kept();
-        while let Some(&(mark, receipt)) = self.owed.front()
+        while let Some(&(mark, via, receipt)) = self.owed.front()
             && mark <= kept
         {
             crash::point("before-ack");
-            self.parts.link.ack(receipt);
+            self.link(via).ack(receipt);
             crash::point("after-ack");
             self.owed.pop_front();
         }

@@ -21,6 +21,7 @@ pub mod dispatcher;
 pub mod intake;
 pub mod journal;
 pub mod outbox;
+pub mod pool;
 pub mod probe;
 pub mod tally;
 pub mod worker;

@@ -34,6 +34,8 @@ const RETRY_MAX: Duration = Duration::from_mins(1);
 pub struct Rules {
     /// The gateway's name, for events.
     pub gateway: String,
+    /// Where its state is, said to those who may not have chosen it: a pool's requesters.
+    pub base: Option<String>,
     /// Makes runs unique across restarts.
     pub run_prefix: String,
     pub queue_tasks_max: usize,
@@ -223,7 +225,7 @@ impl<W> Admission<W> {
             // The newest reply topic counts: the sender may have reconnected elsewhere.
             let moved = job.task.reply != task.reply;
             job.task.reply = task.reply.clone();
-            let body = accepted(ahead, eta);
+            let body = accepted(&self.rules, ahead, eta);
             return Some((
                 Decision::Repeated { moved },
                 job.say(&self.rules.gateway, now, body),
@@ -376,7 +378,7 @@ impl<W> Admission<W> {
             product: Product::default(),
         };
         let ahead = self.queue.before(turn, ticket).count();
-        let body = accepted(ahead as u64, held.eta);
+        let body = accepted(&self.rules, ahead as u64, held.eta);
         let post = held.job.say(&self.rules.gateway, now, body);
         self.tickets.insert(held.job.task.key.clone(), ticket);
         self.jobs.insert(ticket, held);
@@ -607,10 +609,11 @@ impl<W> Admission<W> {
     }
 }
 
-fn accepted(ahead: u64, eta: Option<Duration>) -> Body {
+fn accepted(rules: &Rules, ahead: u64, eta: Option<Duration>) -> Body {
     Body::Accepted {
         queue_position: ahead,
         eta_ms: eta.map(|eta| eta.as_millis() as u64),
+        base: rules.base.clone(),
     }
 }
 

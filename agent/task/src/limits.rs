@@ -60,6 +60,10 @@ pub const RECEIVE_MAX: usize = 16;
 /// in flight at once when a session is resumed. Half of it is QoS 1's alone.
 pub const INBOX_MESSAGES_MAX: usize = 1024;
 pub const INBOX_BYTES_MAX: usize = 16 * MIB;
+/// The same of a connection whose session the broker does not keep, as a pool's: it brings no backlog, and what finds no
+/// room is sent again by those who want it.
+pub const RECEIVE_BRIEF_MAX: usize = 4;
+pub const INBOX_BRIEF_BYTES_MAX: usize = 4 * MIB;
 /// Events not yet acknowledged by the broker.
 pub const OUTBOX_EVENTS_MAX: usize = 1024;
 pub const OUTBOX_BYTES_MAX: usize = 8 * MIB;
@@ -100,13 +104,14 @@ pub const MEMORY_BYTES_MAX: usize = (1 + TOKEN_BYTES) * QUEUE_BYTES_MAX
     + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
     + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
     + INBOX_BYTES_MAX
-    + INBOX_MESSAGES_MAX * KIB
+    + INBOX_BRIEF_BYTES_MAX
+    + 2 * INBOX_MESSAGES_MAX * KIB
     + OUTBOX_BYTES_MAX
     + JOURNAL_BYTES_MAX
     + WORKER_EVENTS_MAX * KIB;
 
 const _: () = assert!(
-    MEMORY_BYTES_MAX <= 107 * MIB,
+    MEMORY_BYTES_MAX <= 112 * MIB,
     "the bounds add up to more than the budget"
 );
 const _: () =
@@ -116,3 +121,4 @@ const _: () = assert!(OUTBOX_EVENTS_MAX > (QUEUE_TASKS_MAX + RUNNING_TASKS_MAX) 
 const _: () = assert!(INFLIGHT_MAX < REQUESTS_MAX);
 const _: () = assert!(INBOX_MESSAGES_MAX / 2 >= RECEIVE_MAX);
 const _: () = assert!(INBOX_BYTES_MAX / 2 >= RECEIVE_MAX * PACKET_BYTES_MAX);
+const _: () = assert!(INBOX_BRIEF_BYTES_MAX / 2 >= RECEIVE_BRIEF_MAX * PACKET_BYTES_MAX);

@@ -7,7 +7,7 @@ use std::fmt;
 /// The id a refusal is answered under when the task has none that can be used.
 pub const INVALID_TASK: &str = "_invalid";
 
-/// A gateway's topic prefix: whole levels, no wildcard, no space, no leading `$`.
+/// A gateway's or a pool's topic prefix: whole levels, no wildcard, no space, no leading `$`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base(String);
 
@@ -26,6 +26,8 @@ pub enum TopicError {
     Prefix,
     #[error("it is a task, cancel, command, state, card, health or alarm topic")]
     Own,
+    #[error("`pool` is no gateway's name: the topics of pools lie there")]
+    Pool,
 }
 
 /// What a message that arrived under the base is.
@@ -47,12 +49,22 @@ impl Base {
 
     /// `millwright/v1/{site}/{gateway}`.
     pub fn of_gateway(site: &str, gateway: &str) -> Result<Self, TopicError> {
-        for level in [site, gateway] {
-            if level.contains('/') {
-                return Err(TopicError::Character);
-            }
+        if gateway == POOL {
+            return Err(TopicError::Pool);
         }
-        Self::parse(&format!("millwright/v1/{site}/{gateway}"))
+        Self::of_levels(site, &[gateway])
+    }
+
+    /// `millwright/v1/{site}/pool/{pool}`.
+    pub fn of_pool(site: &str, pool: &str) -> Result<Self, TopicError> {
+        Self::of_levels(site, &[POOL, pool])
+    }
+
+    fn of_levels(site: &str, rest: &[&str]) -> Result<Self, TopicError> {
+        if site.contains('/') || rest.iter().any(|level| level.contains('/')) {
+            return Err(TopicError::Character);
+        }
+        Self::parse(&format!("millwright/v1/{site}/{}", rest.join("/")))
     }
 
     pub fn state(&self) -> String {
@@ -77,6 +89,10 @@ impl Base {
     pub fn inbound_filters(&self) -> [String; 2] {
         [self.task("+"), self.cancel("+")]
     }
+    /// The subscription of a pool's member to its share of the tasks.
+    pub fn shared_filter(&self, pool: &str) -> String {
+        format!("$share/{pool}/{}", self.task("+"))
+    }
     /// The default reply topic.
     pub fn result(&self, sender: &str, task: &str) -> String {
         format!("{}/result/{sender}/{task}", self.0)
@@ -100,12 +116,25 @@ impl Base {
         }
     }
 
+    /// Whether `topic` is this base or below it.
+    pub fn holds(&self, topic: &str) -> bool {
+        is_under(topic, &self.0)
+    }
+
+    /// Whether one of the two is the other or below it.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.holds(&other.0) || other.holds(&self.0)
+    }
+
     fn owns(&self, topic: &str) -> bool {
         RESERVED
             .iter()
             .any(|kind| is_under(topic, &format!("{}/{kind}", self.0)))
     }
 }
+
+/// The level below a site where pools lie.
+const POOL: &str = "pool";
 
 /// The levels below a base that carry no answers.
 const RESERVED: [&str; 7] = [
@@ -116,7 +145,7 @@ const RESERVED: [&str; 7] = [
 fn is_reserved_by_default(topic: &str) -> bool {
     let levels: Vec<&str> = topic.splitn(7, '/').collect();
     match levels.as_slice() {
-        ["millwright", "v1", _, "pool", _, kind, ..] | ["millwright", "v1", _, _, kind, ..] => {
+        ["millwright", "v1", _, POOL, _, kind, ..] | ["millwright", "v1", _, _, kind, ..] => {
             RESERVED.contains(kind)
         }
         _ => false,
@@ -129,7 +158,7 @@ impl fmt::Display for Base {
     }
 }
 
-/// Whether `sender` is one topic level that can be printed and answered.
+/// Whether `sender` is one topic level that can be printed and answered. A pool's name is one too.
 pub fn sender_is_plain(sender: &str) -> bool {
     !sender.is_empty()
         && sender.len() <= SENDER_BYTES_MAX
@@ -141,6 +170,8 @@ pub fn sender_is_plain(sender: &str) -> bool {
 #[derive(Debug, Clone)]
 pub struct ReplyRules {
     base: Base,
+    /// Another base that is ours.
+    beside: Option<Base>,
     prefixes: Vec<String>,
 }
 
@@ -155,19 +186,37 @@ impl ReplyRules {
         } else {
             prefixes.to_vec()
         };
-        Ok(Self { base, prefixes })
+        Ok(Self {
+            base,
+            beside: None,
+            prefixes,
+        })
+    }
+
+    /// The same, where a gateway also has the topics of `other`: they are its own, and its result tree is kept as well.
+    #[must_use]
+    pub fn beside(self, other: Base) -> Self {
+        Self {
+            beside: Some(other),
+            ..self
+        }
     }
 
     /// Whether an answer to `sender` may be published to `topic`. The result tree is open to each sender below its
     /// own level only: nobody speaks in another's place.
     pub fn check(&self, sender: &str, topic: &str) -> Result<(), TopicError> {
         levels_are_plain(topic)?;
-        if self.base.owns(topic) || is_reserved_by_default(topic) {
+        if is_reserved_by_default(topic) {
             return Err(TopicError::Own);
         }
-        let results = self.base.results();
-        if is_under(topic, &results) && !is_under(topic, &format!("{results}/{sender}")) {
-            return Err(TopicError::Prefix);
+        for base in std::iter::once(&self.base).chain(&self.beside) {
+            if base.owns(topic) {
+                return Err(TopicError::Own);
+            }
+            let results = base.results();
+            if is_under(topic, &results) && !is_under(topic, &format!("{results}/{sender}")) {
+                return Err(TopicError::Prefix);
+            }
         }
         // Strictly below the prefix: the prefix itself is the root of everyone's answers.
         if !self
@@ -293,6 +342,55 @@ mod tests {
             rules.check("mes", "millwright/v1/hamburg/pool/line3/task/mes"),
             Err(TopicError::Own)
         );
+    }
+
+    #[test]
+    fn a_pool_has_topics_beside_the_gateways() {
+        let pool = Base::of_pool("hamburg", "line3").unwrap();
+        assert_eq!(pool.to_string(), "millwright/v1/hamburg/pool/line3");
+        assert_eq!(
+            pool.shared_filter("line3"),
+            "$share/line3/millwright/v1/hamburg/pool/line3/task/+"
+        );
+        let task = "millwright/v1/hamburg/pool/line3/task/mes";
+        assert_eq!(pool.inbound(task), Some(Inbound::Task { sender: "mes" }));
+        assert_eq!(base().inbound(task), None);
+        assert_eq!(Base::of_pool("hamburg", "a/b"), Err(TopicError::Character));
+        assert_eq!(Base::of_gateway("hamburg", "pool"), Err(TopicError::Pool));
+        assert!(pool.holds(task) && !pool.holds("millwright/v1/hamburg/pool/line30/task/mes"));
+        let overlaps =
+            |a: &str, b: &str| Base::parse(a).unwrap().overlaps(&Base::parse(b).unwrap());
+        assert!(overlaps("a/b", "a/b") && overlaps("a", "a/b") && overlaps("a/b", "a"));
+        assert!(!overlaps("a/b", "a/bc"));
+    }
+
+    #[test]
+    fn a_pools_answers_stay_in_its_tree_and_out_of_both_bases_own_topics() {
+        let pool = Base::parse("acme/pool/line3").unwrap();
+        let rules = ReplyRules::new(pool.clone(), &[]).unwrap().beside(base());
+        let check = |topic: &str| rules.check("mes", topic);
+        assert_eq!(check("acme/pool/line3/result/mes/7"), Ok(()));
+        assert_eq!(
+            check("acme/pool/line3/result/hmi/7"),
+            Err(TopicError::Prefix)
+        );
+        assert_eq!(check("acme/pool/line3/task/mes"), Err(TopicError::Own));
+        assert_eq!(check("acme/pool/line3/cancel/mes"), Err(TopicError::Own));
+        assert_eq!(
+            check("millwright/v1/hamburg/gw-07/result/mes/7"),
+            Err(TopicError::Prefix)
+        );
+        // The gateway's own rules, with a prefix that is wide: the pool's topics are closed, its tree is kept.
+        let rules = ReplyRules::new(base(), &["acme".into()])
+            .unwrap()
+            .beside(pool);
+        let check = |topic: &str| rules.check("mes", topic);
+        assert_eq!(check("acme/pool/line3/task/mes"), Err(TopicError::Own));
+        assert_eq!(
+            check("acme/pool/line3/result/hmi/7"),
+            Err(TopicError::Prefix)
+        );
+        assert_eq!(check("acme/pool/line3/result/mes/7"), Ok(()));
     }
 
     #[test]

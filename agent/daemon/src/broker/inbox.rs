@@ -1,7 +1,7 @@
 //! Where messages wait for the dispatcher: bounded in count and bytes, and behind when a broker sends more than that.
 
 use super::Message;
-use millwright_task::limits::{INBOX_BYTES_MAX, INBOX_MESSAGES_MAX, USER_PROPERTIES_MAX};
+use millwright_task::limits::{INBOX_MESSAGES_MAX, USER_PROPERTIES_MAX};
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Publish;
 use std::sync::Arc;
@@ -10,7 +10,8 @@ use tokio::sync::{Semaphore, mpsc};
 /// The inbox, from the poller's side.
 pub(super) struct Intake {
     messages: mpsc::Sender<Message>,
-    /// Bytes that may still be held.
+    /// Bytes that may be held, and those that still may.
+    bytes_max: usize,
     room: Arc<Semaphore>,
     /// Messages of QoS 1 taken in whose acknowledgement is not written.
     owed: usize,
@@ -18,11 +19,12 @@ pub(super) struct Intake {
     overflowed: bool,
 }
 
-pub(super) fn open() -> (Intake, mpsc::Receiver<Message>) {
+pub(super) fn open(bytes_max: usize) -> (Intake, mpsc::Receiver<Message>) {
     let (messages, receiver) = mpsc::channel(INBOX_MESSAGES_MAX);
     let intake = Intake {
         messages,
-        room: Arc::new(Semaphore::new(INBOX_BYTES_MAX)),
+        bytes_max,
+        room: Arc::new(Semaphore::new(bytes_max)),
         owed: 0,
         overflowed: false,
     };
@@ -68,7 +70,7 @@ impl Intake {
         let publish = own(publish);
         let bytes = publish.size();
         let half_full = self.messages.capacity() <= INBOX_MESSAGES_MAX / 2
-            || self.room.available_permits() < INBOX_BYTES_MAX / 2 + bytes;
+            || self.room.available_permits() < self.bytes_max / 2 + bytes;
         if half_full && publish.qos == QoS::AtMostOnce {
             return None;
         }
@@ -102,6 +104,7 @@ fn own(mut publish: Publish) -> Publish {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use millwright_task::limits::INBOX_BYTES_MAX;
     use rumqttc::v5::mqttbytes::v5::PublishProperties;
 
     fn message(qos: QoS, bytes: usize) -> Publish {
@@ -115,7 +118,7 @@ mod tests {
     #[tokio::test]
     async fn what_finds_no_room_waits_at_the_broker_until_the_rest_is_acknowledged() {
         for (bytes, room) in [(10, INBOX_MESSAGES_MAX), (INBOX_BYTES_MAX / 20, 19)] {
-            let (mut intake, mut messages) = open();
+            let (mut intake, mut messages) = open(INBOX_BYTES_MAX);
             for _ in 0..room + 3 {
                 intake.take(message(QoS::AtLeastOnce, bytes), 1);
             }
@@ -137,7 +140,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_an_old_connection_left_is_not_run_away_from() {
-        let (mut intake, mut messages) = open();
+        let (mut intake, mut messages) = open(INBOX_BYTES_MAX);
         for _ in 0..=INBOX_MESSAGES_MAX {
             intake.take(message(QoS::AtLeastOnce, 10), 1);
         }
@@ -153,7 +156,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_is_held_without_its_buffer_and_without_what_nobody_reads() {
-        let (mut intake, mut messages) = open();
+        let (mut intake, mut messages) = open(INBOX_BYTES_MAX);
         let mut publish = message(QoS::AtLeastOnce, 10);
         let pair = || (String::new(), String::new());
         publish.properties = Some(PublishProperties {
@@ -174,7 +177,7 @@ mod tests {
     #[tokio::test]
     async fn qos_0_leaves_half_of_the_room() {
         for (bytes, room) in [(10, INBOX_MESSAGES_MAX / 2), (INBOX_BYTES_MAX / 20, 9)] {
-            let (mut intake, mut messages) = open();
+            let (mut intake, mut messages) = open(INBOX_BYTES_MAX);
             for _ in 0..room + 3 {
                 intake.take(message(QoS::AtMostOnce, bytes), 1);
             }

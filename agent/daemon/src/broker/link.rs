@@ -93,8 +93,8 @@ pub(super) struct Shared {
     pub(super) queued: usize,
     /// Messages to acknowledge, in order of arrival.
     acks: VecDeque<Publish>,
-    /// How many filters a subscription has that is not confirmed.
-    pub(super) subscribing: Option<usize>,
+    /// How many filters each subscription has that was handed to the client and not written yet, in order.
+    pub(super) subscribing: VecDeque<usize>,
     pub(super) closing: bool,
 }
 
@@ -106,7 +106,7 @@ impl Shared {
         self.inflight.clear();
         self.queued = 0;
         self.acks.clear();
-        self.subscribing = None;
+        self.subscribing.clear();
     }
 }
 
@@ -214,9 +214,14 @@ impl Link {
                 .try_subscribe_many(filters.iter().map(filter))
                 .is_ok();
         if is_sent {
-            shared.subscribing = Some(filters.len());
+            shared.subscribing.push_back(filters.len());
         }
         is_sent
+    }
+
+    /// Ends a subscription. False when there is no room for that.
+    pub fn unsubscribe(&self, filter: &str) -> bool {
+        self.lock().online && self.client.try_unsubscribe(filter).is_ok()
     }
 
     /// Acknowledges a message, unless the connection it came on is gone: its packet id may by now belong to

@@ -12,6 +12,7 @@ use rumqttc::v5::mqttbytes::v5::{
     ConnAck, Packet, PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
 };
 use rumqttc::v5::{Event, EventLoop, MqttState};
+use std::collections::HashMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -26,6 +27,9 @@ const STUCK: Duration = Duration::from_mins(3);
 const SUBSCRIBING: Duration = Duration::from_secs(30);
 /// How often it is looked whether certificates or password were renewed.
 const LOOK: Duration = Duration::from_secs(3);
+
+/// A subscription with how many filters, since when; `None` is the end of one.
+type Asked = Option<(usize, Instant)>;
 
 /// Drives the connection until [`Link::close`].
 pub struct Poller {
@@ -44,8 +48,8 @@ pub struct Poller {
     complaint: Option<String>,
     /// The longest until the next ping.
     ping: Duration,
-    /// The packet id of our subscription.
-    subscription: Option<u16>,
+    /// What the broker was asked to confirm, by packet id.
+    asked: HashMap<u16, Asked>,
 }
 
 impl Poller {
@@ -69,7 +73,7 @@ impl Poller {
             looked: Instant::now(),
             complaint: None,
             ping: settings.keep_alive,
-            subscription: None,
+            asked: HashMap::new(),
         }
     }
 
@@ -138,6 +142,10 @@ impl Poller {
             Packet::Publish(publish) => self.message(publish).map(|()| None),
             Packet::PubAck(puback) => Ok(self.acknowledged(&puback)),
             Packet::SubAck(suback) => self.subscribed(&suback).map(Some),
+            Packet::UnsubAck(unsuback) => match self.asked.remove(&unsuback.pkid) {
+                Some(None) => Ok(None),
+                _ => Err("an UNSUBACK that ends no subscription"),
+            },
             Packet::PingResp(_) => Ok(None),
             _ => Err("a packet that nobody asked for"),
         }
@@ -169,10 +177,9 @@ impl Poller {
     }
 
     fn subscribed(&mut self, suback: &SubAck) -> Result<Signal, &'static str> {
-        let filters = self.link.lock().subscribing.take();
-        if self.subscription.take() != Some(suback.pkid)
-            || filters != Some(suback.return_codes.len())
-        {
+        let asked = self.asked.remove(&suback.pkid);
+        let fits = |(filters, _): (usize, Instant)| filters == suback.return_codes.len();
+        if !asked.flatten().is_some_and(fits) {
             return Err("a SUBACK that fits no subscription");
         }
         let good = |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(_));
@@ -211,7 +218,12 @@ impl Poller {
             self.intake.acknowledged();
         }
         if let Outgoing::Subscribe(pkid) = *sent {
-            self.subscription = Some(pkid);
+            let filters = self.link.lock().subscribing.pop_front();
+            let asked = filters.map(|filters| (filters, Instant::now()));
+            self.asked.insert(pkid, asked);
+        }
+        if let Outgoing::Unsubscribe(pkid) = *sent {
+            self.asked.insert(pkid, None);
         }
         if let Outgoing::Publish(pkid) = *sent {
             let mut shared = self.link.lock();
@@ -238,7 +250,7 @@ impl Poller {
         self.eventloop.state = MqttState::new(INFLIGHT_MAX as u16, true);
         drop(shared);
         self.intake.reset();
-        self.subscription = None;
+        self.asked.clear();
         self.ping = self.settings.keep_alive;
         if let Some(since) = self.since.take() {
             self.settings.access.lost();
@@ -278,11 +290,9 @@ impl Poller {
     }
 
     fn overdue(&self) -> Option<Lost> {
-        let is_late = self
-            .since
-            .is_some_and(|since| since.elapsed() > SUBSCRIBING)
-            && self.link.lock().subscribing.is_some();
-        is_late.then(|| self.broken("no SUBACK"))
+        let subscriptions = self.asked.values().flatten();
+        let mut late = subscriptions.filter(|(_, at)| at.elapsed() > SUBSCRIBING);
+        late.next().map(|_| self.broken("no SUBACK"))
     }
 
     fn broken(&self, what: &str) -> Lost {

@@ -1,15 +1,16 @@
 //! `millwright ask`: the operator's client. One task, its answer on stdout, everything else on stderr.
 
+mod pool;
+mod reach;
 mod screen;
 
-use crate::broker::{
-    self, Access, Files, Inbox, Link, Lost, Outgoing, Settings, Signal, Token, tls,
-};
+use crate::broker::{self, Inbox, Link, Lost, Outgoing, Signal, Token};
 use crate::clock::random;
-use crate::config::{Config, is_loopback};
 use anyhow::{Context, Result, bail, ensure};
 use millwright_task::topic::{Base, sender_is_plain};
 use millwright_task::wire::{self, Event, decode_event, id_is_plain};
+use pool::Pool;
+use reach::reach;
 use rumqttc::v5::mqttbytes::v5::Publish;
 use screen::Screen;
 use serde_json::{Value, json};
@@ -18,8 +19,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// Without `accepted` for this long, the same id is sent again.
-const RESEND: Duration = Duration::from_secs(3);
 /// How long the gateway gets to answer after the deadline, or after a cancel.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Until there is a connection at all.
@@ -35,6 +34,13 @@ pub struct Args {
     /// The gateway's base topic, e.g. millwright/v1/hamburg/gw-07 [default: the base of --config]
     #[arg(long, value_name = "BASE")]
     to: Option<String>,
+    /// A pool instead of one gateway: its base topic, e.g. millwright/v1/hamburg/pool/line3, or with --config its name.
+    /// The task is sent again while members refuse it, and when the one that accepted it goes offline
+    #[arg(long, value_name = "POOL", conflicts_with = "to")]
+    pool: Option<String>,
+    /// Send the task to the pool again when no member accepts it within this time
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0, requires = "pool")]
+    accept_within: f64,
     /// Take broker, credentials and base from an agent's configuration
     #[arg(long, value_name = "FILE", conflicts_with = "broker")]
     config: Option<PathBuf>,
@@ -138,8 +144,12 @@ pub(super) async fn run(args: Args) -> Result<()> {
         (0.001..=1e6).contains(&args.deadline),
         "--deadline must be positive seconds"
     );
+    ensure!(
+        (0.1..=3600.0).contains(&args.accept_within),
+        "--accept-within must be 0.1 to 3600 seconds"
+    );
     let deadline = Duration::from_secs_f64(args.deadline);
-    let task = task(&args, &id)?.to_string().into_bytes();
+    let task = task(&args, &id)?;
     let (link, poller, inbox) = broker::open(&settings);
     let mut poller = tokio::spawn(poller.run());
     let now = Instant::now();
@@ -152,6 +162,9 @@ pub(super) async fn run(args: Args) -> Result<()> {
         deadline,
         screen: Screen::new(args.json),
         phase: Phase::Connecting,
+        pool: args.pool.is_some().then(|| Pool::new(now + deadline)),
+        pace: Duration::from_secs_f64(args.accept_within),
+        is_heard: false,
         resend: now + CONNECT,
         give_up: now + deadline + PATIENCE,
         sent: 0,
@@ -167,58 +180,6 @@ pub(super) async fn run(args: Args) -> Result<()> {
         poller.abort();
     }
     outcome
-}
-
-/// The connection and the gateway.
-fn reach(args: &Args) -> Result<(Settings, Base)> {
-    let (mut settings, default_base) = match &args.config {
-        Some(path) => {
-            let config = Config::read(path)?;
-            (config.broker, Some(config.base))
-        }
-        None => (direct(args)?, None),
-    };
-    settings.client_id = format!("millwright-ask-{:016x}", random());
-    settings.session_expiry = Duration::ZERO;
-    let base = match (&args.to, default_base) {
-        (Some(text), _) => Base::parse(text).context("--to is no base topic")?,
-        (None, Some(base)) => base,
-        (None, None) => bail!("say which gateway: --to BASE, or --config FILE"),
-    };
-    Ok((settings, base))
-}
-
-fn direct(args: &Args) -> Result<Settings> {
-    let place = args.broker.as_deref().unwrap_or("127.0.0.1:1883");
-    let (host, port) = place
-        .rsplit_once(':')
-        .with_context(|| format!("--broker must be HOST:PORT, not {place}"))?;
-    let port = port
-        .parse()
-        .with_context(|| format!("--broker names no port: {place}"))?;
-    let tls = args.ca.clone().map(|ca| tls::Files {
-        ca,
-        cert: args.cert.clone(),
-        key: args.key.clone(),
-    });
-    let access = Access::read(Files {
-        tls,
-        user: args.user.clone(),
-        password: args.password_file.clone(),
-    })?;
-    ensure!(
-        access.has_tls() || args.plaintext || is_loopback(host),
-        "{host} is another machine: give --ca FILE for TLS, or --plaintext if that is meant"
-    );
-    Ok(Settings {
-        host: host.to_owned(),
-        port,
-        access,
-        client_id: String::new(),
-        keep_alive: Duration::from_secs(10),
-        session_expiry: Duration::ZERO,
-        will: None,
-    })
 }
 
 fn task(args: &Args, id: &str) -> Result<Value> {
@@ -282,10 +243,16 @@ struct Asking {
     base: Base,
     sender: String,
     id: String,
-    task: Vec<u8>,
+    task: Value,
     deadline: Duration,
     screen: Screen,
     phase: Phase,
+    /// Where `base` is a pool's.
+    pool: Option<Pool>,
+    /// Without `accepted` for this long, the same id is sent again.
+    pace: Duration,
+    /// The subscription to answers is in place on this connection.
+    is_heard: bool,
     resend: Instant,
     give_up: Instant,
     sent: u64,
@@ -299,7 +266,7 @@ impl Asking {
             tokio::select! {
                 Some(signal) = inbox.signals.recv() => self.on_signal(signal)?,
                 Some(message) = inbox.messages.recv() => {
-                    let last = self.on_message(&message.publish);
+                    let last = self.on_message(&message.publish)?;
                     if let Some(receipt) = message.receipt() {
                         self.link.ack(receipt);
                     }
@@ -318,11 +285,22 @@ impl Asking {
         match signal {
             Signal::Online => {
                 // First of all, so that no event and no state is missed.
-                let filters = [self.base.result(&self.sender, &self.id), self.base.state()];
+                let mut filters = vec![self.base.result(&self.sender, &self.id)];
+                if self.pool.is_none() {
+                    filters.push(self.base.state());
+                }
+                self.is_heard = false;
                 ensure!(
                     self.link.subscribe(&filters, true),
                     "the subscription could not be sent"
                 );
+            }
+            Signal::Subscribed { refused } if self.is_heard => {
+                if refused {
+                    self.screen.status(
+                        "the broker doesn't let us read the gateway's state: should it go offline, that is not seen",
+                    );
+                }
             }
             Signal::Subscribed { refused: true } => {
                 bail!(
@@ -332,6 +310,7 @@ impl Asking {
                 )
             }
             Signal::Subscribed { refused: false } => {
+                self.is_heard = true;
                 // After a reconnect too: events may have been lost, and the same id gets the same answer.
                 self.repeat()?;
                 if self.phase == Phase::Connecting {
@@ -355,14 +334,24 @@ impl Asking {
         Ok(())
     }
 
-    fn on_message(&mut self, publish: &Publish) -> Option<Event> {
-        if publish.topic.as_ref() == self.base.state().as_bytes() {
-            self.on_state(publish);
-            return None;
+    fn on_message(&mut self, publish: &Publish) -> Result<Option<Event>> {
+        if publish.topic.as_ref() != self.base.result(&self.sender, &self.id).as_bytes() {
+            match self.pool {
+                Some(_) => self.on_holder_state(publish)?,
+                None => self.on_state(publish),
+            }
+            return Ok(None);
         }
         let event = decode_event(&publish.payload)
             .ok()
-            .filter(|e| e.task == self.id && e.sender == self.sender)?;
+            .filter(|e| e.task == self.id && e.sender == self.sender);
+        Ok(event.and_then(|event| match self.pool {
+            Some(_) => self.on_pool_event(event),
+            None => self.on_event(event),
+        }))
+    }
+
+    fn on_event(&mut self, event: Event) -> Option<Event> {
         if self.phase == Phase::Sent {
             self.phase = Phase::Accepted;
         }
@@ -404,6 +393,9 @@ impl Asking {
             self.phase != Phase::Connecting,
             "no connection to the broker"
         );
+        if self.pool.is_some() {
+            return self.on_pool_silence();
+        }
         if self.sent == 1 {
             self.screen
                 .status("no answer yet; sending again until there is one");
@@ -413,11 +405,19 @@ impl Asking {
 
     fn send(&mut self) -> Result<()> {
         self.sent += 1;
-        self.resend = Instant::now() + RESEND;
-        let expiry = self.deadline.as_secs().max(1).min(u64::from(u32::MAX)) as u32;
+        self.resend = Instant::now() + self.pace;
+        let mut deadline = self.deadline;
+        if let Some(pool) = &self.pool {
+            // Another member counts from its own receipt.
+            deadline = pool.left();
+            self.resend = self.resend.min(Instant::now() + deadline);
+            self.task["deadline_ms"] = (deadline.as_millis() as u64).max(1).into();
+        }
+        let expiry = deadline.as_secs().max(1).min(u64::from(u32::MAX)) as u32;
+        let payload = self.task.to_string().into_bytes();
         let message = Outgoing {
             expiry: Some(expiry),
-            ..Outgoing::json(self.base.task(&self.sender), self.task.clone())
+            ..Outgoing::json(self.base.task(&self.sender), payload)
         };
         match self.link.publish(Some(Token(self.sent)), &message) {
             Err(broker::NotSent::TooLarge { bytes, limit }) => {
@@ -432,7 +432,7 @@ impl Asking {
     fn repeat(&mut self) -> Result<()> {
         match self.phase {
             Phase::Cancelling => self.send_cancel(),
-            _ => self.send(),
+            _ => self.send_anew(),
         }
     }
 
@@ -461,6 +461,11 @@ impl Asking {
         let base = &self.base;
         match self.phase {
             Phase::Connecting => "no connection to the broker".into(),
+            Phase::Sent if self.pool.is_some() => {
+                format!(
+                    "no answer from the pool {base}: is that its base, and is a member running?"
+                )
+            }
             Phase::Sent => {
                 format!("no answer from {base}: is that the gateway's base, and is it running?")
             }

@@ -33,7 +33,7 @@ impl<P: Prepare> Dispatcher<P> {
         );
         let now = self.parts.clock.now();
         self.alarms.raise(now, Alarm::Undeliverable, &reason);
-        let default = self.decoder.base.result(&key.sender, &key.task);
+        let default = self.base_of(&topic).result(&key.sender, &key.task);
         if is_last_word || forbidden && topic == default {
             // Set aside: nobody will ever have it.
             self.delivered(&key, ticket);
@@ -56,7 +56,7 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     /// How the gateway is, and why.
-    fn state(&self) -> (State, String) {
+    pub(super) fn state(&self) -> (State, String) {
         if let Some(goodbye) = &self.goodbye {
             return goodbye.clone();
         }
@@ -146,6 +146,7 @@ impl<P: Prepare> Dispatcher<P> {
             "model_digest": model.digest,
             "journal": {"open": self.admission.waiting() + self.admission.running(), "recalled": recalled, "bytes": recalled_bytes},
             "outbox": {"events": events, "bytes": bytes},
+            "pools": self.pools(),
         });
         let message = Outgoing::json(self.decoder.base.health(), sample.to_string().into_bytes());
         let _ = self.parts.link.publish(None, &message);

@@ -110,18 +110,17 @@ pub(crate) struct Listener {
 
 impl Listener {
     pub(crate) fn start(port: u16) -> Self {
+        Self::to(
+            port,
+            &[&format!("{BASE}/result/#"), &format!("{BASE}/state")],
+        )
+    }
+
+    /// Of other topics.
+    pub(crate) fn to(port: u16, filters: &[&str]) -> Self {
         let mut child = Command::new("mosquitto_sub")
-            .args([
-                "-p",
-                &port.to_string(),
-                "-q",
-                "1",
-                "-v",
-                "-t",
-                &format!("{BASE}/result/#"),
-                "-t",
-                &format!("{BASE}/state"),
-            ])
+            .args(["-p", &port.to_string(), "-q", "1", "-v"])
+            .args(filters.iter().flat_map(|filter| ["-t", filter]))
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -137,14 +136,19 @@ impl Listener {
 
     /// The next event called `name` (or state), skipping others.
     pub(crate) fn expect(&self, name: &str) -> Value {
+        self.expect_that(name, |json| json["event"] == name || json["state"] == name)
+    }
+
+    /// The next message that `wanted` picks, skipping others.
+    pub(crate) fn expect_that(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let end = Instant::now() + Duration::from_secs(20);
         while Instant::now() < end {
             let json = self.event();
-            if json["event"] == name || json["state"] == name {
+            if wanted(&json) {
                 return json;
             }
         }
-        panic!("no {name} came")
+        panic!("no {what} came")
     }
 
     /// The next event or state.
@@ -163,7 +167,12 @@ impl Drop for Listener {
 }
 
 pub(crate) fn publish(port: u16, kind: &str, payload: &str, more: &[&str]) {
-    let topic = format!("{BASE}/{kind}/mes");
+    publish_at(BASE, port, kind, payload, more);
+}
+
+/// For another gateway, or a pool.
+pub(crate) fn publish_at(base: &str, port: u16, kind: &str, payload: &str, more: &[&str]) {
+    let topic = format!("{base}/{kind}/mes");
     let port = port.to_string();
     let args = [
         "-p", &port, "-q", "1", "-V", "mqttv5", "-t", &topic, "-m", payload,
@@ -197,9 +206,20 @@ impl Agent {
 
     /// With a state directory that may be another agent's of before.
     pub(crate) fn start_in(state: &Path, port: u16, step: Duration) -> Self {
+        Self::start_as("gw", "drain_grace_s=1", state, port, step)
+    }
+
+    /// Under another name, and with more lines at the end of its configuration.
+    pub(crate) fn start_as(
+        name: &str,
+        more: &str,
+        state: &Path,
+        port: u16,
+        step: Duration,
+    ) -> Self {
         let text = format!(
-            "[gateway]\nsite='test'\nname='gw'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
-             [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\ndrain_grace_s=1\nhealth_interval_s=1\ngovernor=false\n",
+            "[gateway]\nsite='test'\nname='{name}'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
+             [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\nhealth_interval_s=1\ngovernor=false\n{more}\n",
             state.display()
         );
         let config = Config::parse(&text).unwrap();

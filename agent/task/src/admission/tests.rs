@@ -25,6 +25,7 @@ fn share(tasks_max: usize, priority_max: u8) -> Share {
 fn rules() -> Rules {
     Rules {
         gateway: "gw".into(),
+        base: Some("acme/gw".into()),
         run_prefix: "r".into(),
         queue_tasks_max: 2,
         queue_bytes_max: 1000,
@@ -131,7 +132,8 @@ fn a_task_is_accepted_started_streamed_and_done_in_one_run() {
         first,
         Body::Accepted {
             queue_position: 0,
-            eta_ms: None
+            eta_ms: None,
+            base: rules().base
         }
     );
     let (ticket, (), _) = gate.next(at(1)).unwrap();
@@ -180,7 +182,8 @@ fn the_queue_is_bounded_and_says_so() {
         body,
         Body::Accepted {
             queue_position: 1,
-            eta_ms: None
+            eta_ms: None,
+            base: rules().base
         }
     );
     let (decision, body) = offer(&mut gate, 0, task("d"));
@@ -443,7 +446,8 @@ fn a_task_that_cannot_be_done_in_time_is_told_at_once() {
         body,
         Body::Accepted {
             queue_position: 0,
-            eta_ms: Some(40_000)
+            eta_ms: Some(40_000),
+            base: rules().base
         }
     );
     // It took half as long again as was thought.

@@ -57,11 +57,14 @@ pub enum Clock {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Body {
-    /// `queue_position` 0 is next; `eta_ms` is absent until a first task has been timed.
+    /// `queue_position` 0 is next; `eta_ms` is absent until a first task has been timed. `base` is the gateway's, where
+    /// it is in a pool: its state is there.
     Accepted {
         queue_position: u64,
         #[serde(skip_serializing_if = "Option::is_none")]
         eta_ms: Option<u64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        base: Option<String>,
     },
     Started {},
     /// `offset` is where `text` begins in the answer, in bytes.
@@ -353,6 +356,7 @@ mod tests {
             Body::Accepted {
                 queue_position: 2,
                 eta_ms: None,
+                base: Some("acme/gw-07".into()),
             },
             Body::Started {},
             Body::Rejected(Refusal::context_overflow(9000, 8192)),

@@ -2,13 +2,16 @@
 //! characters are escaped.
 
 use anyhow::{Result, bail};
+use millwright_task::limits::ANSWER_BYTES_MAX;
 use millwright_task::wire::{Body, Event, Finish, Format, Refusal, printable};
 use std::io::{IsTerminal, Write, stderr, stdout};
 
 pub(super) struct Screen {
     json: bool,
-    /// The run whose text is on the screen, and that text.
+    /// The run that is followed, and its text so far.
     run: String,
+    heard: String,
+    /// What is on the screen.
     shown: String,
     /// The cursor is inside a line of the answer.
     open: bool,
@@ -19,6 +22,7 @@ impl Screen {
         Self {
             json,
             run: String::new(),
+            heard: String::new(),
             shown: String::new(),
             open: false,
         }
@@ -39,7 +43,9 @@ impl Screen {
             Body::Accepted {
                 queue_position,
                 eta_ms,
+                ..
             } => {
+                self.follow(&event.run);
                 let eta = eta_ms.map_or(String::new(), |ms| {
                     format!(", about {:.1} s", ms as f64 / 1000.0)
                 });
@@ -48,7 +54,7 @@ impl Screen {
                     "accepted by {gateway} (position {queue_position}{eta})"
                 ));
             }
-            Body::Started {} => self.status("started"),
+            Body::Started {} if self.run == event.run => self.status("started"),
             Body::Delta { text, offset } => self.delta(&event.run, text, *offset),
             Body::AlreadyFinal {} => self.status("the task had ended before the cancel"),
             Body::Unknown {} => self.status("the gateway doesn't know the task"),
@@ -56,13 +62,28 @@ impl Screen {
         }
     }
 
-    fn delta(&mut self, run: &str, text: &str, offset: u64) {
-        if self.run != run && self.shown.is_empty() {
+    /// What another run says is not shown from now on.
+    fn follow(&mut self, run: &str) {
+        if self.run != run {
             run.clone_into(&mut self.run);
+            self.heard.clear();
         }
-        // After a gap, or in another run, the final event brings the whole text.
-        if self.run == run && offset == self.shown.len() as u64 {
-            self.print(text);
+    }
+
+    fn delta(&mut self, run: &str, text: &str, offset: u64) {
+        if self.run.is_empty() {
+            self.follow(run);
+        }
+        // After a gap the final event brings the whole text.
+        let is_next = self.run == run && offset == self.heard.len() as u64;
+        if !is_next || self.heard.len() + text.len() > ANSWER_BYTES_MAX {
+            return;
+        }
+        self.heard.push_str(text);
+        // A new run repeats first what is there; if it says something else, so does the final event.
+        if let Some(rest) = self.heard.strip_prefix(self.shown.as_str()) {
+            let rest = rest.to_owned();
+            self.print(&rest);
         }
     }
 
@@ -166,6 +187,37 @@ fn escaped(json: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_runs_only_the_newest_goes_on_and_nothing_is_shown_twice() {
+        let mut screen = Screen::new(false);
+        screen.follow("a");
+        screen.delta("a", "one ", 0);
+        screen.delta("a", "two ", 4);
+        assert_eq!(screen.shown, "one two ");
+        screen.follow("b");
+        screen.delta("a", "old", 8);
+        screen.delta("b", "one ", 0);
+        assert_eq!(screen.shown, "one two ");
+        screen.delta("b", "two three", 4);
+        assert_eq!(screen.shown, "one two three");
+        // Another text: what is there stays until the final event.
+        screen.follow("c");
+        screen.delta("c", "ten eleven twelve", 0);
+        assert_eq!(screen.shown, "one two three");
+        screen.rest("ten eleven twelve thirteen");
+        assert_eq!(screen.shown, "ten eleven twelve thirteen");
+    }
+
+    #[test]
+    fn a_gap_and_a_text_beyond_any_answer_are_left_to_the_final_event() {
+        let mut screen = Screen::new(false);
+        screen.delta("a", "one", 0);
+        screen.delta("a", "three", 7);
+        assert_eq!(screen.shown, "one");
+        screen.delta("a", &"x".repeat(ANSWER_BYTES_MAX), 3);
+        assert_eq!(screen.shown, "one");
+    }
 
     #[test]
     fn json_for_a_terminal_drives_nothing_and_means_the_same() {

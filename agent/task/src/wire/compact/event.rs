@@ -26,6 +26,7 @@ enum BodyV1<'a> {
     Accepted {
         queue_position: u64,
         eta_ms: Option<u64>,
+        base: Option<&'a str>,
     },
     Started,
     Delta {
@@ -116,9 +117,11 @@ impl<'a> From<&'a Body> for BodyV1<'a> {
             Body::Accepted {
                 queue_position,
                 eta_ms,
+                base,
             } => Self::Accepted {
                 queue_position: *queue_position,
                 eta_ms: *eta_ms,
+                base: base.as_deref(),
             },
             Body::Started {} => Self::Started,
             Body::Delta { text, offset } => Self::Delta {
@@ -154,9 +157,11 @@ impl From<BodyV1<'_>> for Body {
             BodyV1::Accepted {
                 queue_position,
                 eta_ms,
+                base,
             } => Self::Accepted {
                 queue_position,
                 eta_ms,
+                base: base.map(Into::into),
             },
             BodyV1::Started => Self::Started {},
             BodyV1::Delta { text, offset } => Self::Delta {

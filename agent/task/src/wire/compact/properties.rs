@@ -120,10 +120,13 @@ fn bodies() -> impl Strategy<Value = Body> {
         reason,
     });
     prop_oneof![
-        (any::<u64>(), of(any::<u64>())).prop_map(|(queue_position, eta_ms)| Body::Accepted {
-            queue_position,
-            eta_ms
-        }),
+        (any::<u64>(), of(any::<u64>()), of("[a-z/]{1,30}")).prop_map(
+            |(queue_position, eta_ms, base)| Body::Accepted {
+                queue_position,
+                eta_ms,
+                base
+            }
+        ),
         ("\\PC{0,60}", any::<u64>()).prop_map(|(text, offset)| Body::Delta { text, offset }),
         done,
         refusal.clone().prop_map(Body::Rejected),

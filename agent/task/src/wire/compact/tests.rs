@@ -163,6 +163,7 @@ fn events() -> [(Body, &'static str); 10] {
     let accepted = Body::Accepted {
         queue_position: 2,
         eta_ms: Some(1500),
+        base: Some("acme/gw-07".into()),
     };
     [
         (accepted, include_str!("frozen/accepted")),
