@@ -310,7 +310,7 @@ mod tests {
         ] {
             assert_eq!(level(warm(degrees)), wanted, "{degrees}");
         }
-        const MIB: u64 = 1 << 20;
+        let mib = |n: u64| n << 20;
         for (free, all, wanted) in [
             (300, 1000, Normal),
             (150, 1000, Eased),
@@ -322,7 +322,7 @@ mod tests {
             (100, 256, Normal),
         ] {
             let reading = Reading {
-                memory: Some((free * MIB, all * MIB)),
+                memory: Some((mib(free), mib(all))),
                 ..Reading::default()
             };
             assert_eq!(level(reading), wanted, "{free} of {all}");
