@@ -97,7 +97,11 @@ impl Agent {
 
     /// All it logged so far.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("agent.log")).unwrap_or_else(|e| e.to_string())
+        fs::read_to_string(self.log_path()).unwrap_or_else(|e| e.to_string())
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.folder.path().join("agent.log")
     }
 }
 

@@ -4,7 +4,6 @@
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -54,8 +53,6 @@ pub(super) struct Plan {
 /// A running relay. Its threads end with their connections, its listener with the process.
 pub(super) struct Proxy {
     pub(super) port: u16,
-    /// How many the agent has begun.
-    pub(super) connections: Arc<AtomicUsize>,
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -91,19 +88,12 @@ impl Proxy {
             ..Shared::default()
         }));
         let own = Arc::clone(&shared);
-        let connections = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&connections);
         std::thread::spawn(move || {
             for agent in listener.incoming().flatten() {
-                count.fetch_add(1, Ordering::Relaxed);
                 relay(&own, agent);
             }
         });
-        Self {
-            port,
-            connections,
-            shared,
-        }
+        Self { port, shared }
     }
 
     /// Replaces what was planned.

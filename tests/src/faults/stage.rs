@@ -5,9 +5,12 @@ use super::judge::Verdict;
 use super::oracle::{Load, Oracle, Timings};
 use super::proxy::Proxy;
 use crate::{Agent, Broker, Client, Keeps, Security, Setup};
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::process::ExitStatusExt as _;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What the agent may take beyond what it takes with nothing to do: the sum in agent/task/src/limits.rs.
@@ -79,9 +82,9 @@ impl Stage {
             Proxy::new(broker.port)
         };
         plant.setup.port = Some(proxy.port);
-        let watch = Watch::start(Arc::clone(&proxy.connections));
+        let watch = Watch::start();
         let agent = Agent::with(&broker, &plant.setup);
-        watch.see(agent.id(), 0);
+        watch.see(&agent);
         // What is sent to a gateway that never subscribed is lost, and would cost a resend.
         Client::connect(&broker, "console").await_state("online");
         let timings = Timings::default();
@@ -137,9 +140,8 @@ impl Stage {
     }
 
     pub(super) fn restart_agent(&mut self) {
-        let connections = self.proxy.connections.load(Ordering::Relaxed);
         self.agent.restart();
-        self.watch.see(self.agent.id(), connections);
+        self.watch.see(&self.agent);
     }
 
     /// For a while, does what a service manager does: starts the agent again when it has left.
@@ -218,24 +220,22 @@ struct Watch {
 #[derive(Default)]
 struct Watched {
     pid: AtomicU32,
-    /// Connections that there were before this life.
-    before: AtomicUsize,
+    /// The agent's log, and how long it was when this life began.
+    log: Mutex<(PathBuf, u64)>,
     idle: AtomicU64,
     peak: AtomicU64,
     over: AtomicBool,
 }
 
 impl Watch {
-    fn start(connections: Arc<AtomicUsize>) -> Self {
+    fn start() -> Self {
         let shared = Arc::new(Watched::default());
         let own = Arc::clone(&shared);
         std::thread::spawn(move || {
             let mut counted = 0;
             while !own.over.load(Ordering::Relaxed) {
                 let pid = own.pid.load(Ordering::Relaxed);
-                let is_serving =
-                    connections.load(Ordering::Relaxed) > own.before.load(Ordering::Relaxed);
-                if pid != counted && is_serving {
+                if pid != counted && own.has_connected() {
                     // Resets the highest to what it is now.
                     let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "5");
                     counted = pid;
@@ -254,9 +254,24 @@ impl Watch {
     }
 
     /// An agent begins to live.
-    fn see(&self, pid: u32, connections: usize) {
-        self.shared.before.store(connections, Ordering::Relaxed);
-        self.shared.pid.store(pid, Ordering::Relaxed);
+    fn see(&self, agent: &Agent) {
+        let log = agent.log_path();
+        let length = log.metadata().map_or(0, |data| data.len());
+        *self.shared.log.lock().expect("no thread panics with it") = (log, length);
+        self.shared.pid.store(agent.id(), Ordering::Relaxed);
+    }
+}
+
+impl Watched {
+    /// By its own word: the proxy also sees the last connection of an agent that is gone.
+    fn has_connected(&self) -> bool {
+        let (log, length) = self.log.lock().expect("no thread panics with it").clone();
+        let mut said = String::new();
+        let read = File::open(log).and_then(|mut file| {
+            file.seek(SeekFrom::Start(length))?;
+            file.read_to_string(&mut said)
+        });
+        read.is_ok() && said.contains("connected to the broker")
     }
 }
 
