@@ -74,9 +74,9 @@ pub struct Will {
 pub enum Signal {
     /// Connected; nothing is subscribed yet.
     Online,
-    /// The subscriptions are in place, or the broker refused one of them.
+    /// Which filters of a subscription the broker granted, in their order.
     Subscribed {
-        refused: bool,
+        granted: Vec<bool>,
     },
     /// The connection is gone, with all that was not acknowledged.
     Offline {

@@ -22,11 +22,12 @@ use crate::pool::{Member, Via};
 use crate::tally::Tally;
 use crate::worker::{Command, Prepare, Work};
 use easing::Easing;
-use millwright_task::admission::{Admission, Cancelled, Decision, Due, Rules, Size};
+use millwright_task::admission::{Addressee, Admission, Cancelled, Decision, Due, Rules, Size};
 use millwright_task::job::{Class, Post, Ticket};
 use millwright_task::limits::{INBOX_MESSAGES_MAX, SEED_MAX};
 use millwright_task::recall::{Gone, Window};
 use millwright_task::wire::{self, Bounds, Code, Decoder, Refusal, Reply};
+use pooling::OWN_FILTERS;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -171,18 +172,18 @@ impl<P: Prepare> Dispatcher<P> {
                 self.connections += 1;
                 self.tally.reconnects = self.connections - 1;
                 tracing::info!("connected to the broker");
-                if !self
-                    .parts
-                    .link
-                    .subscribe(&self.decoder.base.inbound_filters(), false)
-                {
+                if !self.parts.link.subscribe(&self.filters(), false) {
                     tracing::error!("the subscription could not be sent");
                 }
             }
-            Signal::Subscribed { refused } => {
+            Signal::Subscribed { granted } => {
+                let (own, pool) = granted.split_at(OWN_FILTERS.min(granted.len()));
                 self.subscribed = true;
-                self.is_unheard = refused;
-                if refused {
+                self.is_unheard = own.contains(&false);
+                if let Some(member) = &mut self.pool {
+                    member.cancels_refused(pool.contains(&false));
+                }
+                if self.is_unheard {
                     tracing::error!(
                         "the broker refuses the subscription: check its access rules for {}",
                         self.decoder.base
@@ -231,9 +232,10 @@ impl<P: Prepare> Dispatcher<P> {
             return;
         }
         let now = self.parts.clock.now();
-        match intake::read(self.decoder(via), now, &message.publish) {
+        let (decoder, to) = self.addressee(&message.publish.topic);
+        match intake::read(decoder, now, &message.publish) {
             Wish::Task(task) => self.on_task(task),
-            Wish::Cancel(cancel, reply) => self.on_cancel(via, &cancel.key, &reply),
+            Wish::Cancel(cancel, reply) => self.on_cancel(&cancel.key, &reply, to),
             Wish::Refused(refused) => {
                 let code = refused.refusal.code;
                 self.tally.refused(code);
@@ -292,9 +294,9 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    fn on_cancel(&mut self, via: Via, key: &wire::Key, reply: &Reply) {
+    fn on_cancel(&mut self, key: &wire::Key, reply: &Reply, to: Addressee) {
         let now = self.parts.clock.now();
-        match self.admission.cancel(now, key, reply) {
+        match self.admission.cancel(now, key, reply, to) {
             Cancelled::Waiting(post) => {
                 self.conclude(None, post);
                 self.tally.keep(|ticket| self.admission.holds(ticket));
@@ -308,11 +310,9 @@ impl<P: Prepare> Dispatcher<P> {
             Cancelled::Unknown(post) => {
                 let (key, at) = (post.key.clone(), now.own);
                 self.note(Change::CancelKept { key, at });
-                // All members hear a pool's cancel: whoever has the task answers.
-                if via == Via::Own {
-                    self.say(post);
-                }
+                self.say(post);
             }
+            Cancelled::Overheard => {}
             Cancelled::AlreadyFinal(post) => self.say(post),
         }
     }

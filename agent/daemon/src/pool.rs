@@ -9,6 +9,9 @@ use std::time::Duration;
 /// How long the connection may be down before somebody is told.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long after the broker refused the subscription it is asked again.
+const RECONSIDER: Duration = Duration::from_mins(1);
+
 /// Which of a gateway's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Via {
@@ -35,11 +38,14 @@ pub struct Member {
     /// Reads the pool's messages.
     pub decoder: Decoder,
     name: String,
-    /// Whether tasks were asked for on this connection, besides cancels; `None` before either was.
-    asked: Option<bool>,
+    /// Whether tasks were asked for on this connection.
+    asked: bool,
     /// The broker sends tasks.
     taking: bool,
-    refused: bool,
+    /// Since when the broker refuses the subscription.
+    refused: Option<Duration>,
+    /// The broker refuses the pool's cancels, which come over the gateway's own connection.
+    is_deaf: bool,
     outage: Option<Outage>,
 }
 
@@ -49,9 +55,10 @@ impl Member {
             link,
             decoder,
             name,
-            asked: None,
+            asked: false,
             taking: false,
-            refused: false,
+            refused: None,
+            is_deaf: false,
             outage: None,
         }
     }
@@ -65,52 +72,61 @@ impl Member {
     }
 
     pub fn is_refused(&self) -> bool {
-        self.refused
+        self.refused.is_some() || self.is_deaf
     }
 
-    /// Asks for tasks or asks for no more. Cancels are heard in either case: they may be for what runs here.
+    pub fn cancels_refused(&mut self, refused: bool) {
+        self.is_deaf = refused;
+    }
+
+    /// Lets the broker be asked once more after it refused: its rules may have changed.
+    pub fn reconsider(&mut self, now: Duration) {
+        let is_over = |since: Duration| now.saturating_sub(since) >= RECONSIDER;
+        if self.refused.is_some_and(is_over) {
+            self.refused = None;
+        }
+    }
+
+    /// Asks for tasks or asks for no more.
     pub fn settle(&mut self, hindrance: Option<&str>) {
         let wanted = hindrance.is_none();
-        if self.asked == Some(wanted) || !self.link.is_online() {
+        if self.asked == wanted || !self.link.is_online() {
             return;
         }
-        let (tasks, cancels) = (
-            self.decoder.base.shared_filter(&self.name),
-            self.decoder.base.cancel("+"),
-        );
-        let sent = match self.asked {
-            _ if wanted => self.link.subscribe(&[tasks, cancels], false),
-            None => self.link.subscribe(&[cancels], false),
-            Some(_) => self.link.unsubscribe(&tasks),
+        let tasks = self.decoder.base.shared_filter(&self.name);
+        let sent = if wanted {
+            self.link.subscribe(&[tasks], false)
+        } else {
+            self.link.unsubscribe(&tasks)
         };
         if !sent {
             return;
         }
-        self.asked = Some(wanted);
-        self.taking = false;
-        match hindrance {
-            None => tracing::info!("takes tasks of the pool {}", self.name),
-            Some(why) => tracing::info!("takes no tasks of the pool {}: {why}", self.name),
+        (self.asked, self.taking) = (wanted, false);
+        if let Some(why) = hindrance {
+            tracing::info!("takes no tasks of the pool {}: {why}", self.name);
         }
     }
 
     /// The broker did what it was asked for, or refused.
-    pub fn subscribed(&mut self, refused: bool) {
+    pub fn subscribed(&mut self, now: Duration, refused: bool) {
+        self.refused = refused.then_some(now);
+        self.taking = !refused && self.asked;
+        self.outage = None;
         if refused {
             tracing::error!(
                 "the broker refuses the subscription to the pool {}: check its access rules for {}",
                 self.name,
                 self.decoder.base
             );
+        } else if self.taking {
+            tracing::info!("takes tasks of the pool {}", self.name);
         }
-        self.refused = refused;
-        self.taking = !refused && self.asked == Some(true);
-        self.outage = None;
     }
 
     /// The connection is gone, and with it what was asked for.
     pub fn offline(&mut self, now: Duration, lost: Lost) {
-        (self.asked, self.taking, self.refused) = (None, false, false);
+        (self.asked, self.taking, self.refused) = (false, false, None);
         let Lost { reason, needs_help } = lost;
         let reason = format!("the connection for the pool {}: {reason}", self.name);
         if needs_help {

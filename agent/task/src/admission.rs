@@ -25,6 +25,9 @@ use queue::{Queue, Turn};
 use std::collections::HashMap;
 use std::time::Duration;
 
+/// How long a pool's cancel waits for a task that it overtook.
+const OVERHEARD: Duration = Duration::from_mins(1);
+
 /// The configured bounds and names.
 #[derive(Debug, Clone)]
 pub struct Rules {
@@ -79,6 +82,14 @@ pub enum Decision {
     Ended(&'static str),
 }
 
+/// Whom a cancel is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Addressee {
+    Gateway,
+    /// All members.
+    Pool,
+}
+
 /// What became of a cancel.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Cancelled {
@@ -90,6 +101,8 @@ pub enum Cancelled {
     AlreadyFinal(Post),
     /// Nobody knows it yet; this says so, and that it will be cancelled if it comes.
     Unknown(Post),
+    /// Nobody here knows it; if it comes soon it will be cancelled.
+    Overheard,
 }
 
 /// What the passing of time brings.
@@ -109,6 +122,8 @@ pub struct Admission<W> {
     tickets: HashMap<Key, Ticket>,
     recall: Recall,
     overtaken: Overtaken,
+    /// Cancels that all members of the pool heard: mostly of tasks that another one has.
+    overheard: Overtaken,
     pace: Pace,
     runs: u64,
     closed: Option<Refusal>,
@@ -140,6 +155,7 @@ impl<W> Admission<W> {
         Self {
             rules,
             overtaken,
+            overheard: Overtaken::new(OVERHEARD),
             recall,
             queue: Queue::new(),
             jobs: HashMap::new(),
@@ -188,7 +204,8 @@ impl<W> Admission<W> {
         if let Some(known) = self.judge_known(now, &task) {
             return known;
         }
-        if self.overtaken.take(now.own, &task.key) {
+        let overheard = self.overheard.take(now.own, &task.key);
+        if self.overtaken.take(now.own, &task.key) || overheard {
             return self.end(now, &task, Stop::Cancelled);
         }
         if task.deadline <= now.own {
@@ -279,8 +296,9 @@ impl<W> Admission<W> {
         self.close_job(now, ticket, body)
     }
 
-    /// Stops `key` at its sender's wish. `reply` is where to say that there is nothing to stop.
-    pub fn cancel(&mut self, now: Now, key: &Key, reply: &Reply) -> Cancelled {
+    /// Stops `key` at its sender's wish. `reply` is where to say that there is nothing to stop; of a pool's cancel that is
+    /// not said, since another member may have the task.
+    pub fn cancel(&mut self, now: Now, key: &Key, reply: &Reply, to: Addressee) -> Cancelled {
         if let Some(&ticket) = self.tickets.get(key) {
             if let Some(post) = self.stop_waiting(now, ticket, Stop::Cancelled) {
                 return Cancelled::Waiting(post);
@@ -293,6 +311,10 @@ impl<W> Admission<W> {
         if self.recall.get(now.own, key).is_some() {
             let post = self.say_alone(now, key, reply, Body::AlreadyFinal {});
             return Cancelled::AlreadyFinal(post);
+        }
+        if to == Addressee::Pool {
+            self.overheard.put(now.own, key.clone());
+            return Cancelled::Overheard;
         }
         self.overtaken.put(now.own, key.clone());
         Cancelled::Unknown(self.say_alone(now, key, reply, Body::Unknown {}))

@@ -51,7 +51,7 @@ pub const RECALL_TASKS_MAX: usize = 10_000;
 pub const RECALL_BYTES_MAX: usize = 12 * MIB;
 /// What a recalled task costs beyond its payload: key, digest, outcome, index entries.
 pub const RECALL_ENTRY_BYTES: usize = 640;
-/// Cancels remembered because they overtook their task.
+/// Cancels remembered because they overtook their task: those to this gateway, and as many to its pool.
 pub const CANCELS_MAX: usize = 1024;
 /// QoS 1 messages that the broker may have unacknowledged with us (the receive maximum).
 pub const RECEIVE_MAX: usize = 16;
@@ -102,7 +102,7 @@ pub const MEMORY_BYTES_MAX: usize = (1 + TOKEN_BYTES) * QUEUE_BYTES_MAX
     + SUSPENDED_TASKS_MAX * SUSPENDED_BYTES_MAX
     + RECALL_BYTES_MAX
     + RECALL_TASKS_MAX * RECALL_ENTRY_BYTES
-    + CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
+    + 2 * CANCELS_MAX * (SENDER_BYTES_MAX + ID_BYTES_MAX + 64)
     + INBOX_BYTES_MAX
     + INBOX_BRIEF_BYTES_MAX
     + 2 * INBOX_MESSAGES_MAX * KIB

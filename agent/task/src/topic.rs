@@ -67,6 +67,12 @@ impl Base {
         Self::parse(&format!("millwright/v1/{site}/{}", rest.join("/")))
     }
 
+    /// Whether it is one that a gateway has by default.
+    pub fn is_gateways(&self) -> bool {
+        let levels: Vec<&str> = self.0.split('/').collect();
+        matches!(levels.as_slice(), ["millwright", "v1", _, _])
+    }
+
     pub fn state(&self) -> String {
         format!("{}/state", self.0)
     }

@@ -184,7 +184,7 @@ impl Poller {
         }
         let good = |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(_));
         Ok(Signal::Subscribed {
-            refused: !suback.return_codes.iter().all(good),
+            granted: suback.return_codes.iter().map(good).collect(),
         })
     }
 

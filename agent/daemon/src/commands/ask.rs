@@ -4,7 +4,7 @@ mod pool;
 mod reach;
 mod screen;
 
-use crate::broker::{self, Inbox, Link, Lost, Outgoing, Signal, Token};
+use crate::broker::{self, Inbox, Link, Lost, NotSent, Outgoing, Signal, Token};
 use crate::clock::random;
 use anyhow::{Context, Result, bail, ensure};
 use millwright_task::topic::{Base, sender_is_plain};
@@ -274,7 +274,7 @@ impl Asking {
                         return self.screen.finish(event);
                     }
                 }
-                () = sleep_until(self.resend), if matches!(self.phase, Phase::Connecting | Phase::Sent) => self.on_silence()?,
+                () = sleep_until(self.resend), if self.phase != Phase::Accepted => self.on_silence()?,
                 () = sleep_until(self.give_up) => bail!(self.silence()),
                 _ = tokio::signal::ctrl_c() => self.on_interrupt()?,
             }
@@ -295,21 +295,21 @@ impl Asking {
                     "the subscription could not be sent"
                 );
             }
-            Signal::Subscribed { refused } if self.is_heard => {
-                if refused {
+            Signal::Subscribed { granted } if self.is_heard => {
+                if granted.contains(&false) {
                     self.screen.status(
                         "the broker doesn't let us read the gateway's state: should it go offline, that is not seen",
                     );
                 }
             }
-            Signal::Subscribed { refused: true } => {
+            Signal::Subscribed { granted } if granted.contains(&false) => {
                 bail!(
                     "the broker doesn't let {} read answers and state below {}",
                     self.sender,
                     self.base
                 )
             }
-            Signal::Subscribed { refused: false } => {
+            Signal::Subscribed { .. } => {
                 self.is_heard = true;
                 // After a reconnect too: events may have been lost, and the same id gets the same answer.
                 self.repeat()?;
@@ -393,6 +393,9 @@ impl Asking {
             self.phase != Phase::Connecting,
             "no connection to the broker"
         );
+        if self.phase == Phase::Cancelling {
+            return self.send_cancel();
+        }
         if self.pool.is_some() {
             return self.on_pool_silence();
         }
@@ -420,7 +423,7 @@ impl Asking {
             ..Outgoing::json(self.base.task(&self.sender), payload)
         };
         match self.link.publish(Some(Token(self.sent)), &message) {
-            Err(broker::NotSent::TooLarge { bytes, limit }) => {
+            Err(NotSent::TooLarge { bytes, limit }) => {
                 bail!("the task has {bytes} bytes and the broker takes {limit}")
             }
             // Offline or full: the next silence tries again.
@@ -452,9 +455,12 @@ impl Asking {
         let payload = json!({"task": self.id}).to_string().into_bytes();
         let message = Outgoing::json(self.base.cancel(&self.sender), payload);
         self.sent += 1;
-        self.link
-            .publish(Some(Token(self.sent)), &message)
-            .map_err(|e| anyhow::anyhow!("the cancel could not be sent ({e:?})"))
+        self.resend = Instant::now() + self.pace;
+        match self.link.publish(Some(Token(self.sent)), &message) {
+            // Offline or full: the next silence tries again.
+            Ok(()) | Err(NotSent::Offline | NotSent::Full) => Ok(()),
+            Err(e) => bail!("the cancel could not be sent ({e:?})"),
+        }
     }
 
     fn silence(&self) -> String {

@@ -52,6 +52,10 @@ impl RawPool {
             !base.overlaps(own),
             "pool.base {base} and the gateway's base {own} must not lie within each other"
         );
+        ensure!(
+            !base.is_gateways(),
+            "pool.base {base} is a gateway's default base, whose tasks the pool would take"
+        );
         let reply_rules = ReplyRules::new(base.clone(), prefixes)
             .context("tasks.reply_prefixes")?
             .beside(own.clone());
@@ -119,6 +123,10 @@ mod tests {
         ] {
             fails(&format!("name = 'p'\nbase = '{base}'"), "within each other");
         }
+        fails(
+            "name = 'p'\nbase = 'millwright/v1/hamburg/gw-08'",
+            "a gateway's default base",
+        );
         // The pools' level is no gateway's.
         let error = Config::parse(&SMALL.replace("gw-07", "pool").replace("[pool]\n", ""));
         assert!(format!("{:#}", error.unwrap_err()).contains("no gateway's name"));

@@ -5,9 +5,13 @@ use crate::alarms::Alarm;
 use crate::broker::{Link, Signal};
 use crate::pool::{Via, hindrance};
 use crate::worker::Prepare;
+use millwright_task::admission::Addressee;
 use millwright_task::topic::Base;
 use millwright_task::wire::Decoder;
 use serde_json::{Value, json};
+
+/// How many filters are the gateway's own.
+pub(super) const OWN_FILTERS: usize = 2;
 
 impl<P: Prepare> Dispatcher<P> {
     /// What happened to the pool's connection.
@@ -18,8 +22,8 @@ impl<P: Prepare> Dispatcher<P> {
             Signal::Online => {
                 tracing::info!("connected to the broker for the pool {}", pool.name());
             }
-            Signal::Subscribed { refused } => {
-                pool.subscribed(refused);
+            Signal::Subscribed { granted } => {
+                pool.subscribed(now, granted.contains(&false));
                 self.alarms.clear(Alarm::Pool);
                 self.judge_subscriptions();
             }
@@ -49,6 +53,9 @@ impl<P: Prepare> Dispatcher<P> {
         {
             self.alarms.raise(now, Alarm::Pool, why);
         }
+        if let Some(pool) = &mut self.pool {
+            pool.reconsider(now.own);
+        }
     }
 
     /// One alarm for both connections: its reason says what the broker refuses.
@@ -69,10 +76,24 @@ impl<P: Prepare> Dispatcher<P> {
         self.alarms.raise(now, Alarm::Subscription, &reason);
     }
 
-    pub(super) fn decoder(&self, via: Via) -> &Decoder {
-        match (via, &self.pool) {
-            (Via::Pool, Some(pool)) => &pool.decoder,
-            _ => &self.decoder,
+    /// What is subscribed on the gateway's own connection: behind its own its pool's cancels, so that the session keeps
+    /// them.
+    pub(super) fn filters(&self) -> Vec<String> {
+        let own: [String; OWN_FILTERS] = self.decoder.base.inbound_filters();
+        let own = own.into_iter();
+        let pool = self.pool.as_ref();
+        own.chain(pool.map(|pool| pool.decoder.base.cancel("+")))
+            .collect()
+    }
+
+    /// Whom a topic is for, and who reads it.
+    pub(super) fn addressee(&self, topic: &[u8]) -> (&Decoder, Addressee) {
+        let topic = str::from_utf8(topic).unwrap_or_default();
+        match &self.pool {
+            Some(pool) if pool.decoder.base.inbound(topic).is_some() => {
+                (&pool.decoder, Addressee::Pool)
+            }
+            _ => (&self.decoder, Addressee::Gateway),
         }
     }
 
@@ -83,11 +104,17 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
-    /// The base whose default topic stands in for `topic`.
-    pub(super) fn base_of(&self, topic: &str) -> &Base {
-        let pool = self.pool.as_ref().map(|pool| &pool.decoder.base);
-        pool.filter(|base| base.holds(topic))
-            .unwrap_or(&self.decoder.base)
+    /// The bases whose default topics stand in for `topic`: where it doesn't say whether the task was the pool's, both.
+    pub(super) fn bases_of(&self, topic: &str) -> Vec<Base> {
+        let pool = self.pool.iter().map(|pool| &pool.decoder.base);
+        let all: Vec<_> = [&self.decoder.base].into_iter().chain(pool).collect();
+        let holding: Vec<_> = all.iter().filter(|base| base.holds(topic)).collect();
+        let bases = if holding.is_empty() {
+            all.iter().collect()
+        } else {
+            holding
+        };
+        bases.into_iter().copied().cloned().collect()
     }
 
     /// The pools, as health shows them.

@@ -33,7 +33,9 @@ impl<P: Prepare> Dispatcher<P> {
         );
         let now = self.parts.clock.now();
         self.alarms.raise(now, Alarm::Undeliverable, &reason);
-        let default = self.base_of(&topic).result(&key.sender, &key.task);
+        let bases = self.bases_of(&topic).into_iter();
+        let mut defaults = bases.map(|base| base.result(&key.sender, &key.task));
+        let default = defaults.next().unwrap_or_default();
         if is_last_word || forbidden && topic == default {
             // Set aside: nobody will ever have it.
             self.delivered(&key, ticket);
@@ -48,6 +50,11 @@ impl<P: Prepare> Dispatcher<P> {
         let post = self
             .admission
             .say_alone(self.parts.clock.now(), &key, &reply, body);
+        for topic in defaults {
+            let mut also = outgoing(post.clone());
+            also.topic = topic;
+            self.outbox.push(Purpose::Progress, also, Mark::default());
+        }
         self.outbox.push(
             Purpose::LastWord { key, ticket },
             outgoing(post),

@@ -79,6 +79,8 @@ impl<W> Admission<W> {
     pub fn take_gone(&mut self) -> Vec<Gone> {
         let mut gone = self.recall.take_gone();
         gone.append(&mut self.overtaken.take_gone());
+        // These are nobody's but ours.
+        drop(self.overheard.take_gone());
         gone
     }
 

@@ -571,7 +571,9 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
     offer(&mut gate, 0, task("runs"));
     let (ticket, (), _) = gate.next(at(0)).unwrap();
     offer(&mut gate, 0, task("waits"));
-    let cancel = |id: &str, gate: &mut Admission<()>| gate.cancel(at(1), &key(id), &reply("x"));
+    let cancel = |id: &str, gate: &mut Admission<()>| {
+        gate.cancel(at(1), &key(id), &reply("x"), Addressee::Gateway)
+    };
     assert!(
         matches!(cancel("waits", &mut gate), Cancelled::Waiting(post) if post.event == "cancelled")
     );
@@ -608,12 +610,36 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
 }
 
 #[test]
+fn a_pools_cancel_waits_a_minute_and_takes_no_others_place() {
+    let mut gate = Admission::new(rules());
+    let unknown = gate.cancel(at(0), &key("own"), &reply("x"), Addressee::Gateway);
+    assert!(matches!(unknown, Cancelled::Unknown(_)));
+    for i in 0..2 * limits::CANCELS_MAX {
+        let key = key(&format!("p{i}"));
+        let overheard = gate.cancel(at(0), &key, &reply("x"), Addressee::Pool);
+        assert_eq!(overheard, Cancelled::Overheard);
+    }
+    assert_eq!(gate.take_gone(), [], "the journal never heard of them");
+    let last = format!("p{}", 2 * limits::CANCELS_MAX - 1);
+    let (decision, _) = offer(&mut gate, 59, task(&last));
+    assert_eq!(decision, Decision::Ended("cancelled"));
+    let (decision, _) = offer(&mut gate, 59, task("own"));
+    assert_eq!(decision, Decision::Ended("cancelled"));
+    let late = format!("p{}", 2 * limits::CANCELS_MAX - 2);
+    let task = Task {
+        deadline: Duration::from_secs(200),
+        ..task(&late)
+    };
+    accepted(offer(&mut gate, 61, task).0);
+}
+
+#[test]
 fn a_finish_that_crosses_the_cancel_is_done() {
     let mut gate = Admission::new(rules());
     offer(&mut gate, 0, task("a"));
     let (ticket, (), _) = gate.next(at(0)).unwrap();
     assert_eq!(
-        gate.cancel(at(1), &key("a"), &reply("x")),
+        gate.cancel(at(1), &key("a"), &reply("x"), Addressee::Gateway),
         Cancelled::Running(ticket)
     );
     assert_eq!(

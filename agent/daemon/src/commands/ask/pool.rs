@@ -8,10 +8,11 @@ use millwright_task::topic::Base;
 use millwright_task::wire::{self, Body, Code, Event, Refusal};
 use rumqttc::v5::mqttbytes::v5::Publish;
 use serde_json::Value;
+use std::collections::HashSet;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Pauses after refusals: the first, and the longest unless a member asks for more.
+/// Pauses after refusals: the first, and the longest unless a member that refused before asks for more.
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
 const PAUSE_LAST: Duration = Duration::from_secs(5);
 
@@ -20,6 +21,10 @@ pub(super) struct Pool {
     deadline: Instant,
     /// Who accepted it last.
     holder: Option<Holder>,
+    /// Somebody accepted it, and may still end it.
+    was_accepted: bool,
+    /// Who refused it.
+    refused_by: HashSet<String>,
     /// The last refusal that another member might not repeat.
     refusal: Option<Event>,
     pause: Duration,
@@ -29,8 +34,6 @@ struct Holder {
     gateway: String,
     /// Where its state is.
     base: Option<Base>,
-    /// The state that the broker retained has come: what comes now is news.
-    is_seen: bool,
 }
 
 impl Pool {
@@ -38,6 +41,8 @@ impl Pool {
         Self {
             deadline,
             holder: None,
+            was_accepted: false,
+            refused_by: HashSet::new(),
             refusal: None,
             pause: PAUSE_FIRST,
         }
@@ -57,9 +62,12 @@ impl Pool {
         holder.is_some_and(|holder| holder.gateway == gateway)
     }
 
-    /// How long to wait after a refusal: longer each time, no less than it says, and not as long as others.
-    fn next_pause(&mut self, refusal: &Refusal, chance: u64) -> Duration {
-        let said = Duration::from_millis(refusal.retry_after_ms.unwrap_or(0));
+    /// How long to wait after a refusal: longer each time, and not as long as others. How long a member is full is of no
+    /// interest before it is given the task a second time: the others may have room.
+    fn next_pause(&mut self, gateway: &str, refusal: &Refusal, chance: u64) -> Duration {
+        let is_first = self.refused_by.insert(gateway.to_owned());
+        let said = refusal.retry_after_ms.filter(|_| !is_first);
+        let said = Duration::from_millis(said.unwrap_or(0));
         let full = self.pause;
         self.pause = (full * 2).min(PAUSE_LAST);
         full.max(said) + full.mul_f64((chance % 1000) as f64 / 2000.0)
@@ -70,7 +78,7 @@ impl Pool {
 fn may_be_taken(refusal: &Refusal) -> bool {
     matches!(
         refusal.code,
-        Code::Busy | Code::Draining | Code::NoModel | Code::Internal
+        Code::Busy | Code::DeadlineUnreachable | Code::Draining | Code::NoModel | Code::Internal
     )
 }
 
@@ -84,7 +92,9 @@ impl Asking {
                 self.accepted(&event.gateway, base.as_deref());
                 None
             }
-            Body::Rejected(refusal) if may_be_taken(refusal) => self.refused(event),
+            Body::Rejected(refusal) if pool.was_accepted || may_be_taken(refusal) => {
+                self.refused(event)
+            }
             body if body.is_final() => Some(event),
             _ => {
                 if self.phase == Phase::Sent && pool.is_held_by(&event.gateway) {
@@ -101,13 +111,14 @@ impl Asking {
         }
         let Some(pool) = &mut self.pool else { return };
         pool.pause = PAUSE_FIRST;
+        pool.was_accepted = true;
+        pool.refusal = None;
         if pool.is_held_by(gateway) {
             return;
         }
         pool.holder = Some(Holder {
             gateway: gateway.to_owned(),
             base: base.and_then(|base| Base::parse(base).ok()),
-            is_seen: false,
         });
         if let Some(state) = pool.holder_state() {
             // Without room or connection nothing is lost: on the next connection the task is sent again.
@@ -126,7 +137,7 @@ impl Asking {
             Phase::Sent => {}
             _ => return None,
         }
-        let pause = pool.next_pause(refusal, random());
+        let pause = pool.next_pause(&event.gateway, refusal, random());
         let line = format!(
             "{} refused ({}); sent again in {:.1} s",
             wire::printable(&event.gateway),
@@ -146,29 +157,29 @@ impl Asking {
         };
         let is_its = pool.holder_state();
         let is_its = is_its.is_some_and(|topic| topic.as_bytes() == publish.topic.as_ref());
+        let is_late = pool.left().is_zero();
         let Some(holder) = pool.holder.as_mut().filter(|_| is_its) else {
             return Ok(());
         };
-        let is_news = std::mem::replace(&mut holder.is_seen, true);
         let name = wire::printable(&holder.gateway);
         let state: Value = serde_json::from_slice(&publish.payload).unwrap_or_default();
         let is_waiting = matches!(self.phase, Phase::Sent | Phase::Accepted);
         match state["state"].as_str() {
-            Some("offline") if is_waiting => {
+            // It keeps what it accepted, and goes on with it when it is back.
+            Some("online") | None => Ok(()),
+            Some("offline") if is_waiting && !is_late => {
                 let line = format!("{name} is offline; sent again to the pool");
                 self.screen.status(&line);
                 self.send_anew()
             }
-            // It may have started anew and forgotten the task. If not, it will be heard of.
-            Some("online") if is_news && self.phase == Phase::Accepted => {
-                self.phase = Phase::Sent;
-                self.resend = Instant::now() + self.pace;
-                Ok(())
-            }
-            Some("online") | None => Ok(()),
+            // Draining or degraded: what it has may wait there, unless it is heard of.
             Some(other) => {
                 let line = format!("{name} is {}", wire::printable(other));
                 self.screen.status(&line);
+                if self.phase == Phase::Accepted {
+                    self.phase = Phase::Sent;
+                    self.resend = Instant::now() + self.pace;
+                }
                 Ok(())
             }
         }
@@ -215,20 +226,31 @@ mod tests {
             retry_after_ms,
             ..Refusal::new(Code::Busy, "full".into())
         };
-        let said = pool.next_pause(&refusal(Some(2000)), 0);
-        assert_eq!(said, Duration::from_secs(2));
-        let pauses: Vec<_> = (0..8).map(|_| pool.next_pause(&refusal(None), 0)).collect();
-        assert_eq!(pauses[0], PAUSE_FIRST * 2);
+        let minute = Some(60_000);
+        let first = pool.next_pause("gw-1", &refusal(minute), 0);
+        let other = pool.next_pause("gw-2", &refusal(minute), 0);
+        assert_eq!((first, other), (PAUSE_FIRST, PAUSE_FIRST * 2));
+        let again = pool.next_pause("gw-1", &refusal(minute), 0);
+        assert_eq!(again, Duration::from_mins(1));
+        let mut pool = Pool::new(Instant::now());
+        let mut next = |said, chance| pool.next_pause("gw-1", &refusal(said), chance);
+        let pauses: Vec<_> = (0..8).map(|_| next(None, 0)).collect();
+        assert_eq!(pauses[0], PAUSE_FIRST);
         assert!(pauses.is_sorted());
         assert_eq!(pauses[7], PAUSE_LAST);
-        assert!(pool.next_pause(&refusal(None), 999) > PAUSE_LAST);
-        let far = pool.next_pause(&refusal(Some(u64::MAX)), 999);
-        assert!(far > PAUSE_LAST);
+        assert!(next(None, 999) > PAUSE_LAST);
+        assert!(next(Some(u64::MAX), 999) > PAUSE_LAST);
     }
 
     #[test]
     fn only_what_depends_on_the_member_is_tried_elsewhere() {
-        for code in [Code::Busy, Code::Draining, Code::NoModel, Code::Internal] {
+        for code in [
+            Code::Busy,
+            Code::DeadlineUnreachable,
+            Code::Draining,
+            Code::NoModel,
+            Code::Internal,
+        ] {
             assert!(may_be_taken(&Refusal::new(code, String::new())));
         }
         for code in [

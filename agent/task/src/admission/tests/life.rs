@@ -149,12 +149,16 @@ impl Life {
     }
 
     fn cancel(&mut self, id: &str) {
-        match self.gate.cancel(at(self.now), &key(id), &reply("x")) {
+        match self
+            .gate
+            .cancel(at(self.now), &key(id), &reply("x"), Addressee::Gateway)
+        {
             Cancelled::Waiting(post) => self.end(&post),
             Cancelled::Running(ticket) => {
                 assert!(self.running.contains(&ticket));
                 self.kept(ticket).cancelled = true;
             }
+            Cancelled::Overheard => panic!("it was to the gateway"),
             Cancelled::AlreadyFinal(post) | Cancelled::Unknown(post) => {
                 assert!(!self.open.contains_key(&post.key.task));
             }

@@ -59,7 +59,7 @@ fn one_that_was_put_aside_ends_with_what_it_has() {
     let mut gate = Admission::new(roomy());
     let low = yielding(&mut gate);
     gate.suspend(at(1), low, (), part("half")).unwrap();
-    match gate.cancel(at(2), &key("low"), &reply("x")) {
+    match gate.cancel(at(2), &key("low"), &reply("x"), Addressee::Gateway) {
         Cancelled::Waiting(post) => assert_eq!(text(&post), "half"),
         other => panic!("{other:?}"),
     }
@@ -70,7 +70,7 @@ fn one_that_was_put_aside_ends_with_what_it_has() {
     // Cancelled after it was told and before it was heard.
     let mut gate = Admission::new(roomy());
     let low = yielding(&mut gate);
-    let cancelled = gate.cancel(at(0), &key("low"), &reply("x"));
+    let cancelled = gate.cancel(at(0), &key("low"), &reply("x"), Addressee::Gateway);
     assert_eq!(cancelled, Cancelled::Running(low));
     match gate.suspend(at(1), low, (), part("half")) {
         Some(Suspended::Ended(post)) => assert_eq!(text(&post), "half"),
@@ -158,7 +158,12 @@ fn nobody_gives_way_beside_one_who_is_leaving_or_where_it_would_not_do() {
         gate
     };
     let mut cancelled = gate();
-    cancelled.cancel(at(0), &of("mes", "m0", 3).key, &reply("x"));
+    cancelled.cancel(
+        at(0),
+        &of("mes", "m0", 3).key,
+        &reply("x"),
+        Addressee::Gateway,
+    );
     accepted(offer(&mut cancelled, 0, of("ops", "high", 8)).0);
     assert_eq!(cancelled.yielding(at(0)), []);
     // More than may be put aside would have to leave.
