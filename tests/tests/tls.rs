@@ -214,10 +214,47 @@ fn a_renewed_certificate_that_the_broker_refuses_leaves_the_one_from_before() {
     await_connections(&agent, 3);
 }
 
+/// One whose key leaked: who has it must not get in by it once more.
+#[test]
+fn a_ca_that_was_replaced_is_trusted_no_more() {
+    let broker = Broker::start(Security::Mutual);
+    let own = Own::of(&broker, 300 * DAY);
+    let agent = Agent::with(&broker, &own.setup(true));
+    Client::connect(&broker, "mes").await_state("online");
+    let folder = tempfile::tempdir().unwrap();
+    Authority::make(folder.path());
+    fs::copy(folder.path().join("ca.pem"), own.file("ca.pem")).unwrap();
+    let refusals = || agent.log().matches("of none of the CAs").count();
+    await_some("refusals", || (refusals() >= 3).then_some(()));
+    assert_eq!(connections(&agent), 1);
+    fs::copy(broker.file("ca.pem"), own.file("ca.pem")).unwrap();
+    await_connections(&agent, 2);
+}
+
+/// A backup or a tool that writes the same again.
+#[test]
+fn files_that_are_written_anew_with_the_same_in_them_are_no_news() {
+    let broker = Broker::start(Security::Mutual);
+    let own = Own::of(&broker, 300 * DAY);
+    let agent = Agent::with(&broker, &own.setup(true));
+    let mut mes = Client::connect(&broker, "mes");
+    mes.await_state("online");
+    for _ in 0..4 {
+        for file in ["ca.pem", "own.pem", "own.key"] {
+            let bytes = fs::read(own.file(file)).unwrap();
+            fs::write(own.file(file), bytes).unwrap();
+        }
+        std::thread::sleep(Duration::from_secs(3));
+    }
+    mes.generate("t", 4);
+    assert_eq!(mes.outcome("t")["event"], "done");
+    assert_eq!(connections(&agent), 1);
+}
+
 #[test]
 fn a_certificate_that_ends_mid_session_is_replaced_by_the_renewed_one_and_no_task_is_lost() {
     let mut broker = Broker::start(Security::Mutual);
-    let own = Own::of(&broker, 8);
+    let own = Own::of(&broker, 15);
     let agent = Agent::with(&broker, &own.setup(true));
     let mut mes = Client::connect(&broker, "mes");
     mes.subscribe(&format!("{BASE}/alarm/#"));

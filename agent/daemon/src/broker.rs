@@ -183,7 +183,7 @@ fn options(settings: &Settings) -> MqttOptions {
     if let Some(will) = &settings.will {
         let properties = LastWillProperties {
             delay_interval: Some(will.delay.as_secs() as u32),
-            payload_format_indicator: None,
+            payload_format_indicator: Some(1),
             message_expiry_interval: None,
             content_type: Some("application/json".into()),
             response_topic: None,

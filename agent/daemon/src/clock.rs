@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 /// source, so that the same source makes the same program.
 const BUILT: Duration = Duration::from_secs(later(1_790_000_000, option_env!("SOURCE_DATE_EPOCH")));
 
-/// The wall time in milliseconds when the journal was last written by a clock that was believed; 0 if it never was.
-static JOURNALED_MS: AtomicU64 = AtomicU64::new(0);
+/// The last wall time that was believed, in milliseconds: this clock's, or the journal's before that was; 0 if none was.
+static BELIEVED_MS: AtomicU64 = AtomicU64::new(0);
 
 const fn later(date: u64, seconds: Option<&str>) -> u64 {
     match seconds {
@@ -29,7 +29,7 @@ const fn later(date: u64, seconds: Option<&str>) -> u64 {
 /// board without a battery wakes up in 1970, when no certificate was valid yet.
 pub fn latest() -> Duration {
     let wall = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    let journaled = Duration::from_millis(JOURNALED_MS.load(Ordering::Relaxed));
+    let journaled = Duration::from_millis(BELIEVED_MS.load(Ordering::Relaxed));
     wall.max(journaled).max(BUILT)
 }
 
@@ -67,7 +67,7 @@ impl Clock {
             own: Duration::ZERO,
         };
         if let Some(last) = last {
-            JOURNALED_MS.store(last.wall_ms, Ordering::Relaxed);
+            BELIEVED_MS.store(last.wall_ms, Ordering::Relaxed);
             let now = clock.stamp();
             let passed = if last.boot_id == now.boot_id && !now.boot_id.is_empty() {
                 now.boot_ms.saturating_sub(last.boot_ms)
@@ -88,10 +88,14 @@ impl Clock {
 
     pub fn now(&self) -> Now {
         let wall = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let (wall_ms, synced) = (wall.as_millis() as u64, self.synced(wall));
+        if synced {
+            BELIEVED_MS.store(wall_ms, Ordering::Relaxed);
+        }
         Now {
             own: self.own + boot_time().saturating_sub(self.began),
-            wall_ms: wall.as_millis() as u64,
-            synced: self.synced(wall),
+            wall_ms,
+            synced,
         }
     }
 
@@ -110,10 +114,8 @@ impl Clock {
     /// The same, for the journal. A wall clock that is not believed leaves the last one that was.
     pub fn journal(&self) -> Stamp {
         let mut stamp = self.stamp();
-        if stamp.synced {
-            JOURNALED_MS.store(stamp.wall_ms, Ordering::Relaxed);
-        } else {
-            stamp.wall_ms = JOURNALED_MS.load(Ordering::Relaxed);
+        if !stamp.synced {
+            stamp.wall_ms = BELIEVED_MS.load(Ordering::Relaxed);
         }
         stamp
     }
@@ -152,8 +154,17 @@ pub fn random() -> u64 {
 mod tests {
     use super::*;
 
+    /// What is believed is the process's, so tests of it take turns.
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    fn turn() -> std::sync::MutexGuard<'static, ()> {
+        TURN.lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     #[test]
     fn clocks_move_and_trust_is_obeyed() {
+        let _turn = turn();
         let clock = Clock::new(Trust::Unsynced, None);
         let (a, b) = (clock.now(), clock.now());
         assert!(b.own >= a.own && a.wall_ms > 1_700_000_000_000 && !a.synced);
@@ -163,6 +174,7 @@ mod tests {
 
     #[test]
     fn certificates_are_judged_by_the_latest_time_that_is_known() {
+        let _turn = turn();
         let at = |seconds| later(1_790_000_000, seconds);
         assert_eq!(at(None), 1_790_000_000);
         assert_eq!(at(Some("1800000000")), 1_800_000_000);
@@ -180,12 +192,14 @@ mod tests {
         let unsynced = Clock::new(Trust::Unsynced, Some(&last));
         assert_eq!(latest(), Duration::from_millis(ahead));
         assert_eq!(unsynced.journal().wall_ms, ahead);
-        assert!(Clock::new(Trust::Synced, Some(&last)).journal().wall_ms < ahead);
+        // At once, not only when the journal is next written: nothing may connect until then.
+        assert!(Clock::new(Trust::Synced, Some(&last)).now().wall_ms < ahead);
         assert!(latest() < Duration::from_millis(ahead));
     }
 
     #[test]
     fn own_time_goes_on_over_restarts_and_reboots() {
+        let _turn = turn();
         let hour = 3_600_000;
         let here = Clock::new(Trust::Synced, None).stamp();
         let at = |boot_id: &str, boot_ms, wall_ms, synced| Stamp {

@@ -230,6 +230,12 @@ impl RawBroker {
             .client_id
             .unwrap_or_else(|| format!("millwright-{}-{}", gateway.site, gateway.name));
         ensure!(!client_id.is_empty(), "broker.client_id is empty");
+        let is_plain =
+            |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']' | '%');
+        ensure!(
+            !self.host.is_empty() && self.host.chars().all(is_plain),
+            "broker.host must be a name or an address alone, without a scheme, a user or a path"
+        );
         let has_tls = self.tls.is_some();
         let files = Files {
             tls: self.tls,
@@ -337,6 +343,9 @@ mod tests {
             "drain_grace_s",
             "health_interval_s",
             "clock",
+            "governor",
+            "temperature_limit_c",
+            "log_prompts",
             "log_prompts",
         ] {
             assert!(
@@ -369,6 +378,7 @@ mod tests {
         let (text, number) = ("hunter2", "424242");
         let broker = |line: &str| SMALL.replace("[model]", &format!("{line}\n[model]"));
         let configs = [
+            SMALL.replace("127.0.0.1", &format!("mqtt://gw:{text}@broker")),
             broker(&format!("port = '{text}'")),
             broker(&format!("user = {number}")),
             broker(&format!("keep_alive_s = {number}.5")),

@@ -12,6 +12,8 @@ pub const ID_BYTES_MAX: usize = 64;
 pub const SENDER_BYTES_MAX: usize = 128;
 /// A reply topic, and a configured base.
 pub const TOPIC_BYTES_MAX: usize = 512;
+/// Its levels: brokers end the connection over a topic of too many (mosquitto at 200, EMQX at 128).
+pub const TOPIC_LEVELS_MAX: usize = 64;
 /// Correlation Data, which comes back unchanged.
 pub const CORRELATION_BYTES_MAX: usize = 256;
 /// A message's user properties, none of which mean anything to us: how many, and the bytes of all names and values.

@@ -1,7 +1,7 @@
 //! Every topic name, built and read in this one place, and the rules a reply topic must keep.
 //! Knows levels and prefixes; never payloads.
 
-use crate::limits::{SENDER_BYTES_MAX, TOPIC_BYTES_MAX};
+use crate::limits::{SENDER_BYTES_MAX, TOPIC_BYTES_MAX, TOPIC_LEVELS_MAX};
 use std::fmt;
 
 /// The id a refusal is answered under when the task has none that can be used.
@@ -16,9 +16,9 @@ pub struct Base(String);
 pub enum TopicError {
     #[error("it is empty or has an empty level")]
     Empty,
-    #[error("it is longer than {TOPIC_BYTES_MAX} bytes")]
+    #[error("it is longer than {TOPIC_BYTES_MAX} bytes or has more than {TOPIC_LEVELS_MAX} levels")]
     Long,
-    #[error("it holds a wildcard, a space or a control character")]
+    #[error("it holds a wildcard, a space, a control character or what is no character")]
     Character,
     #[error("topics beginning with `$` belong to the broker")]
     Dollar,
@@ -247,19 +247,23 @@ fn levels_are_plain(topic: &str) -> Result<(), TopicError> {
     if topic.split('/').any(str::is_empty) {
         return Err(TopicError::Empty);
     }
-    if topic.len() > TOPIC_BYTES_MAX {
+    if topic.len() > TOPIC_BYTES_MAX || topic.split('/').count() > TOPIC_LEVELS_MAX {
         return Err(TopicError::Long);
     }
     if topic.starts_with('$') {
         return Err(TopicError::Dollar);
     }
-    if topic
-        .chars()
-        .any(|c| matches!(c, '+' | '#') || c.is_whitespace() || c.is_control())
-    {
+    if topic.chars().any(|c| {
+        matches!(c, '+' | '#') || c.is_whitespace() || c.is_control() || is_no_character(c)
+    }) {
         return Err(TopicError::Character);
     }
     Ok(())
+}
+
+/// Unicode's noncharacters, for which a broker may end the connection (MQTT 5, 1.5.4).
+fn is_no_character(c: char) -> bool {
+    matches!(c, '\u{fdd0}'..='\u{fdef}') || u32::from(c) & 0xfffe == 0xfffe
 }
 
 #[cfg(test)]
@@ -320,6 +324,19 @@ mod tests {
             Err(TopicError::Prefix)
         );
         assert_eq!(ok("$SYS/broker"), Err(TopicError::Dollar));
+        // Brokers end the connection over these, so one such answer would be sent for ever.
+        for c in ['\u{ffff}', '\u{fdd0}', '\u{1fffe}', '\u{10ffff}'] {
+            let topic = format!("millwright/v1/hamburg/gw-07/result/mes/{c}");
+            assert_eq!(ok(&topic), Err(TopicError::Character));
+        }
+        let deep = |more: usize| {
+            format!(
+                "millwright/v1/hamburg/gw-07/result/mes{}",
+                "/a".repeat(more)
+            )
+        };
+        assert_eq!(ok(&deep(TOPIC_LEVELS_MAX - 6)), Ok(()));
+        assert_eq!(ok(&deep(TOPIC_LEVELS_MAX - 5)), Err(TopicError::Long));
         assert_eq!(ok(""), Err(TopicError::Empty));
         assert_eq!(ok("a//b"), Err(TopicError::Empty));
     }

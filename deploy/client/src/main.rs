@@ -4,7 +4,9 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use millwright_task::wire::{Body, Event, Format, Kind, TaskV1, decode_event, printable};
+use millwright_task::wire::{
+    Body, Event, Format, Kind, TaskV1, decode_event, id_is_plain, printable,
+};
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{Packet, PubAckReason, PublishProperties, SubscribeReasonCode};
 use rumqttc::v5::{Client, Event as Mqtt, MqttOptions};
@@ -15,6 +17,9 @@ use std::time::{Duration, Instant};
 
 /// Without a word from the gateway for this long, the same id is sent again.
 const RESEND: Duration = Duration::from_secs(5);
+
+/// How long after the deadline the gateway may take to say what became of it.
+const GRACE: Duration = Duration::from_secs(10);
 
 #[derive(Parser)]
 struct Args {
@@ -42,6 +47,10 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    ensure!(
+        id_is_plain(&args.id),
+        "an id is 1 to 64 of A-Z a-z 0-9 _ - ."
+    );
     let (client, mut connection) = Client::new(options(&args)?, 16);
     let (sender, incoming) = sync_channel(64);
     // A thread of its own: a poll that is broken off may lose a packet.
@@ -55,10 +64,10 @@ fn main() -> Result<()> {
             }
         }
     });
-    let results = format!("{}/result/{}/#", args.base, args.user);
-    let give_up = Instant::now() + Duration::from_secs(u64::from(args.deadline_s) + 10);
+    let results = format!("{}/result/{}/{}", args.base, args.user, args.id);
+    let give_up = Instant::now() + Duration::from_secs(u64::from(args.deadline_s)) + GRACE;
     let mut resend = Instant::now() + RESEND;
-    let mut shown = String::new();
+    let (mut shown, mut subscribed) = (String::new(), false);
     while Instant::now() < give_up {
         match incoming.recv_timeout(resend.saturating_duration_since(Instant::now())) {
             // Subscribed before anything is sent, so that no event is missed; after each reconnect too.
@@ -68,26 +77,29 @@ fn main() -> Result<()> {
             Ok(Ok(Mqtt::Incoming(Packet::SubAck(ack)))) => {
                 let may = matches!(ack.return_codes[..], [SubscribeReasonCode::Success(_)]);
                 ensure!(may, "the broker doesn't let {} read {results}", args.user);
-                send(&client, &args)?;
+                subscribed = true;
+                send(&client, &args, give_up)?;
             }
             Ok(Ok(Mqtt::Incoming(Packet::PubAck(ack)))) => match ack.reason {
                 PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {}
                 why => bail!("the broker doesn't take the task: {why:?}"),
             },
             Ok(Ok(Mqtt::Incoming(Packet::Publish(publish)))) => {
-                let event = decode_event(&publish.payload)?;
-                if event.task == args.id {
-                    resend = Instant::now() + RESEND;
-                    if show(&event, &mut shown)? {
-                        return Ok(());
-                    }
+                resend = Instant::now() + RESEND;
+                if show(&decode_event(&publish.payload)?, &mut shown)? {
+                    return Ok(());
                 }
             }
             Ok(Ok(_)) => {}
-            Ok(Err(lost)) => eprintln!("{lost}; connecting again"),
+            Ok(Err(lost)) => {
+                subscribed = false;
+                eprintln!("{lost}; connecting again");
+            }
             Err(RecvTimeoutError::Timeout) => {
                 resend = Instant::now() + RESEND;
-                let _ = send(&client, &args); // without a connection, the next time
+                if subscribed {
+                    send(&client, &args, give_up)?;
+                }
             }
             Err(RecvTimeoutError::Disconnected) => bail!("the connection's thread ended"),
         }
@@ -107,14 +119,17 @@ fn options(args: &Args) -> Result<MqttOptions> {
     Ok(options)
 }
 
-fn send(client: &Client, args: &Args) -> Result<()> {
+/// With what is left of the deadline: the gateway counts from its receipt.
+fn send(client: &Client, args: &Args, give_up: Instant) -> Result<()> {
     let Args { base, user, id, .. } = args;
+    let left = give_up.saturating_duration_since(Instant::now());
+    let left = left.saturating_sub(GRACE).max(Duration::from_secs(1));
     let prompt = args.prompt.clone();
     let task = TaskV1 {
         id: Some(id.clone()),
         kind: Kind::Generate { prompt }, // or Kind::Chat
         max_tokens: Some(args.max_tokens),
-        deadline_ms: Some(u64::from(args.deadline_s) * 1000),
+        deadline_ms: Some(left.as_millis() as u64),
         stream: true,
         ..TaskV1::default()
     };
@@ -122,7 +137,7 @@ fn send(client: &Client, args: &Args) -> Result<()> {
         content_type: Some(Format::Postcard.content_type().into()),
         response_topic: Some(format!("{base}/result/{user}/{id}")),
         correlation_data: Some(id.clone().into()),
-        message_expiry_interval: Some(args.deadline_s),
+        message_expiry_interval: Some(left.as_secs() as u32),
         ..PublishProperties::default()
     };
     let (topic, qos) = (format!("{base}/task/{user}"), QoS::AtLeastOnce);

@@ -4,6 +4,7 @@
 
 use super::tls::{self, Client, place};
 use anyhow::{Context, Result, ensure};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,6 +33,10 @@ pub struct Files {
 /// What was read from the files at one time.
 #[derive(Debug, Clone)]
 pub(super) struct Reading {
+    /// Tells it from another.
+    print: u64,
+    /// The CA's file as it is.
+    ca: Vec<u8>,
     pub(super) credentials: Option<Credentials>,
     pub(super) tls: Option<Client>,
 }
@@ -42,6 +47,8 @@ pub struct Access {
     files: Files,
     /// How the files looked when they were last read.
     look: Vec<Look>,
+    /// How they looked since, when that was last seen.
+    changed: Option<Vec<Look>>,
     current: Reading,
     /// What the broker took before, until it takes what is current.
     before: Option<Reading>,
@@ -57,10 +64,22 @@ type Look = Option<(u64, u64, u64, (i64, i64), (i64, i64))>;
 
 impl Files {
     fn read(&self) -> Result<Reading> {
+        let mut hasher = DefaultHasher::new();
+        for path in self.paths() {
+            tls::read(path)?.hash(&mut hasher);
+        }
+        let ca = self
+            .tls
+            .as_ref()
+            .map(|tls| tls::read(&tls.ca))
+            .transpose()?;
+        let (print, ca) = (hasher.finish(), ca.unwrap_or_default());
         let tls = self.tls.as_ref().map(tls::client).transpose()?;
         let Some(user) = self.user.clone() else {
             ensure!(self.password.is_none(), "a password file without a user");
             return Ok(Reading {
+                print,
+                ca,
                 credentials: None,
                 tls,
             });
@@ -71,24 +90,29 @@ impl Files {
             password: password.unwrap_or_default(),
         };
         Ok(Reading {
+            print,
+            ca,
             credentials: Some(credentials),
             tls,
         })
     }
 
-    fn look(&self) -> Vec<Look> {
+    fn paths(&self) -> impl Iterator<Item = &PathBuf> {
         let tls = self.tls.iter();
         let tls = tls.flat_map(|f| [Some(&f.ca), f.cert.as_ref(), f.key.as_ref()]);
-        let all = tls.chain([self.password.as_ref()]).flatten();
-        all.map(|path| {
+        tls.chain([self.password.as_ref()]).flatten()
+    }
+
+    fn look(&self) -> Vec<Look> {
+        let look = |path: &PathBuf| {
             let data = path.metadata().ok()?;
             let (modified, changed) = (
                 (data.mtime(), data.mtime_nsec()),
                 (data.ctime(), data.ctime_nsec()),
             );
             Some((data.dev(), data.ino(), data.len(), modified, changed))
-        })
-        .collect()
+        };
+        self.paths().map(look).collect()
     }
 }
 
@@ -114,6 +138,7 @@ impl Access {
         Ok(Self {
             files,
             look,
+            changed: None,
             current,
             before: None,
             is_before_next: false,
@@ -130,18 +155,29 @@ impl Access {
         self.files.tls.is_some()
     }
 
-    /// Reads the files again if they changed, or could not be used. Whether there is something new.
-    pub(super) fn refresh(&mut self) -> bool {
+    /// Reads the files again if they changed, or could not be used. Whether there is something new. Beside a connection that
+    /// stands they are given time until two looks agree: somebody may be writing them.
+    pub(super) fn refresh(&mut self, is_online: bool) -> bool {
         let look = self.files.look();
         if look == self.look && self.trouble.is_none() {
             return false;
         }
+        if is_online && self.changed.as_ref() != Some(&look) {
+            self.changed = Some(look);
+            return false;
+        }
         self.look = look;
         match self.files.read() {
+            Ok(reading) if reading.print == self.current.print => {
+                self.trouble = None;
+                false
+            }
             Ok(reading) => {
                 // Of two that were never tried, the later one counts.
                 let before = std::mem::replace(&mut self.current, reading);
                 self.before.get_or_insert(before);
+                // A CA that was taken away is trusted no more.
+                self.before.take_if(|before| before.ca != self.current.ca);
                 self.is_before_next = false;
                 self.is_renewal_refused = false;
                 self.trouble = None;
@@ -169,7 +205,7 @@ impl Access {
         }
     }
 
-    /// The broker refused [`Self::next`], or we refused the broker by it.
+    /// The broker refused [`Self::next`].
     pub(super) fn refused(&mut self) {
         self.is_before_next = self.before.is_some() && !self.is_before_next;
     }
@@ -181,7 +217,12 @@ impl Access {
 
     /// What somebody should look after, if anything.
     pub(super) fn complaint(&self, now: Duration) -> Option<String> {
-        let ends = self.next().tls.as_ref().and_then(|tls| tls.complaint(now));
+        let used = if self.is_renewal_refused {
+            self.next()
+        } else {
+            &self.current
+        };
+        let ends = used.tls.as_ref().and_then(|tls| tls.complaint(now));
         let what = if let Some(trouble) = &self.trouble {
             format!("{trouble}; what was read before is used")
         } else if self.is_renewal_refused {

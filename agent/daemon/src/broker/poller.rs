@@ -2,7 +2,7 @@
 
 use super::inbox::Intake;
 use super::link::Link;
-use super::reasons::{explain, is_taken_over};
+use super::reasons::{explain, is_refusal, is_taken_over};
 use super::{Lost, Settings, Signal, options};
 use crate::clock::{latest, random};
 use millwright_task::limits::INFLIGHT_MAX;
@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
+const BACKOFF_RENEWED: Duration = Duration::from_secs(4);
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
 /// A connection that lasted this long was a good one: the next attempt follows quickly.
 const STEADY: Duration = Duration::from_secs(20);
@@ -86,13 +87,18 @@ impl Poller {
                 return;
             }
             // Cancelled, it loses what it was writing; so the connection is given up, too.
-            let polled = timeout(self.patience(), self.eventloop.poll()).await;
+            let polled = if renewed {
+                None
+            } else {
+                Some(timeout(self.patience(), self.eventloop.poll()).await)
+            };
             let (signal, lost) = match polled {
-                Ok(Ok(Event::Incoming(packet))) => match self.incoming(packet) {
+                None => (None, Some(self.renewed())),
+                Some(Ok(Ok(Event::Incoming(packet)))) => match self.incoming(packet) {
                     Ok(signal) => (signal, self.overdue()),
                     Err(what) => (None, Some(self.broken(what))),
                 },
-                Ok(Ok(Event::Outgoing(sent))) => {
+                Some(Ok(Ok(Event::Outgoing(sent)))) => {
                     self.outgoing(&sent);
                     let is_behind = self.intake.is_behind();
                     (
@@ -100,18 +106,17 @@ impl Poller {
                         is_behind.then(|| self.behind()).or_else(|| self.overdue()),
                     )
                 }
-                Ok(Err(error)) => {
+                Some(Ok(Err(error))) => {
                     taken_over = is_taken_over(&error);
                     let is_new = self.since.is_none();
                     let lost = explain(&error, &self.place, &self.settings.access, is_new);
-                    if is_new && lost.needs_help {
+                    if is_new && is_refusal(&error) {
                         self.settings.access.refused();
                     }
                     (None, Some(lost))
                 }
-                Err(_) => (None, Some(self.stuck())),
+                Some(Err(_)) => (None, Some(self.stuck())),
             };
-            let lost = lost.or_else(|| renewed.then(|| self.renewed()));
             self.link.flush_acks();
             if let Some(signal) = signal
                 && self.signals.send(signal).await.is_err()
@@ -268,7 +273,7 @@ impl Poller {
             return false;
         }
         self.looked = Instant::now();
-        let renewed = self.settings.access.refresh();
+        let renewed = self.settings.access.refresh(is_online);
         if !is_online {
             self.eventloop.options = options(&self.settings);
         }
@@ -310,7 +315,8 @@ impl Poller {
     }
 
     fn renewed(&mut self) -> Lost {
-        self.backoff = BACKOFF_FIRST;
+        // A plant renews many gateways' files at once: they don't come back in one moment.
+        self.backoff = BACKOFF_RENEWED;
         Lost {
             reason: "certificates or password were renewed: connecting anew with them".into(),
             needs_help: false,

@@ -83,6 +83,17 @@ pub(super) fn explain(error: &ConnectionError, place: &str, access: &Access, is_
     }
 }
 
+/// Whether the broker doesn't take who we are: another certificate or password might do.
+pub(super) fn is_refusal(error: &ConnectionError) -> bool {
+    use ConnectReturnCode::{BadUserNamePassword, Banned, NotAuthorized};
+    match error {
+        ConnectionError::ConnectionRefused(code) => {
+            matches!(code, BadUserNamePassword | NotAuthorized | Banned)
+        }
+        error => matches!(tls_error(error), Some(Tls::AlertReceived(_))),
+    }
+}
+
 /// Whether another client came under our client id.
 pub(super) fn is_taken_over(error: &ConnectionError) -> bool {
     matches!(

@@ -240,6 +240,12 @@ fn codes_are_numbered_as_they_are() {
     for (number, code) in codes.into_iter().enumerate() {
         assert_eq!(postcard::to_stdvec(&code).unwrap(), [number as u8]);
     }
+    for (number, finish) in [Finish::Stop, Finish::Length].into_iter().enumerate() {
+        assert_eq!(postcard::to_stdvec(&finish).unwrap(), [number as u8]);
+    }
+    for (number, clock) in [Clock::Synced, Clock::Unsynced].into_iter().enumerate() {
+        assert_eq!(postcard::to_stdvec(&clock).unwrap(), [number as u8]);
+    }
 }
 
 #[test]
