@@ -235,7 +235,7 @@ impl<P: Prepare> Dispatcher<P> {
         let (decoder, to) = self.addressee(&message.publish.topic);
         match intake::read(decoder, now, &message.publish) {
             Wish::Task(task) => self.on_task(task),
-            Wish::Cancel(cancel, reply) => self.on_cancel(&cancel.key, &reply, to),
+            Wish::Cancel(key, reply) => self.on_cancel(&key, &reply, to),
             Wish::Refused(refused) => {
                 let code = refused.refusal.code;
                 self.tally.refused(code);

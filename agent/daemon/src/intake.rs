@@ -6,8 +6,7 @@ use millwright_engine::{Prompt, Request, RequestError, text};
 use millwright_task::Now;
 use millwright_task::topic::{INVALID_TASK, Inbound};
 use millwright_task::wire::{
-    Cancel, Code, Decoder, Envelope, Format, Key, Kind, Refusal, Refused, Reply, Task,
-    decode_cancel, echo,
+    Code, Decoder, Envelope, Format, Key, Kind, Refusal, Refused, Reply, Task, decode_cancel, echo,
 };
 use rumqttc::v5::mqttbytes::v5::Publish;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use std::time::Duration;
 pub enum Wish {
     Task(Task),
     /// `reply` is where to say that there was nothing to cancel.
-    Cancel(Cancel, Reply),
+    Cancel(Key, Reply),
     /// It is malformed, and its sender can be told.
     Refused(Box<Refused>),
     /// Its topic names no sender that could be answered.
@@ -64,9 +63,9 @@ fn cancel(decoder: &Decoder, envelope: &Envelope<'_>) -> Wish {
         format: Format::of(envelope.content_type).unwrap_or(Format::Json),
     };
     match decode_cancel(envelope) {
-        Ok(cancel) => {
-            let reply = reply(&cancel.key.task);
-            Wish::Cancel(cancel, reply)
+        Ok(key) => {
+            let reply = reply(&key.task);
+            Wish::Cancel(key, reply)
         }
         Err(refusal) => {
             let key = Key {

@@ -8,7 +8,7 @@ mod fields;
 mod json;
 mod task;
 
-pub use cancel::{Cancel, decode_cancel};
+pub use cancel::decode_cancel;
 pub use compact::{CancelV1, TaskV1};
 pub use event::{
     Body, Clock, Code, Event, EventError, Finish, Partial, Provenance, Refusal, Timing, Usage,

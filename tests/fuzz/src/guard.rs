@@ -20,6 +20,14 @@ pub struct Limits {
     pub heap_bytes: usize,
 }
 
+impl Limits {
+    /// For what reads a message, a row or a text: none of them is large.
+    pub const SMALL: Self = Self {
+        cpu: Duration::from_secs(1),
+        heap_bytes: 16 << 20,
+    };
+}
+
 /// Where the last panic was, and what it said.
 static PANIC: Mutex<String> = Mutex::new(String::new());
 

@@ -5,15 +5,8 @@ use super::event::{Code, Refusal};
 use super::{Envelope, Format, Key, echo, id_is_plain};
 use crate::limits::CANCEL_BYTES_MAX;
 
-/// A sender's wish to stop one of its own tasks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cancel {
-    pub key: Key,
-    pub format: Format,
-}
-
-/// Reads a cancel, or says why it isn't one.
-pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
+/// Reads a sender's wish to stop one of its own tasks: which, or why it can't be said.
+pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Key, Refusal> {
     if envelope.retain {
         return Err(Refusal::new(
             Code::Invalid,
@@ -31,12 +24,9 @@ pub fn decode_cancel(envelope: &Envelope<'_>) -> Result<Cancel, Refusal> {
             &format!("is no task id: {}", echo(&task)),
         ));
     }
-    Ok(Cancel {
-        key: Key {
-            sender: envelope.sender.to_owned(),
-            task,
-        },
-        format,
+    Ok(Key {
+        sender: envelope.sender.to_owned(),
+        task,
     })
 }
 
@@ -60,9 +50,9 @@ mod tests {
 
     #[test]
     fn reads_and_refuses() {
-        let cancel = decode_cancel(&envelope(br#"{"task": "a-1"}"#)).unwrap();
+        let key = decode_cancel(&envelope(br#"{"task": "a-1"}"#)).unwrap();
         assert_eq!(
-            cancel.key,
+            key,
             Key {
                 sender: "mes".into(),
                 task: "a-1".into()

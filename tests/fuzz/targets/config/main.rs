@@ -5,21 +5,15 @@ use libfuzzer_sys::fuzz_target;
 use millwright::config::Config;
 use millwright_fuzz::guard::{Limits, guarded, note_panics};
 use millwright_fuzz::heap::Counted;
-use std::time::Duration;
 
 #[global_allocator]
 static HEAP: Counted = Counted;
-
-const LIMITS: Limits = Limits {
-    cpu: Duration::from_secs(1),
-    heap_bytes: 16 << 20,
-};
 
 fuzz_target!(
     init: { note_panics(); },
     |text: &[u8]| {
         let Ok(text) = std::str::from_utf8(text) else { return };
-        let parsed = guarded("parse", LIMITS, || Config::parse(text).map(drop));
+        let parsed = guarded("parse", Limits::SMALL, || Config::parse(text).map(drop));
         if let Err(e) = parsed {
             assert!(!e.to_string().is_empty());
         }

@@ -5,17 +5,11 @@ use libfuzzer_sys::fuzz_target;
 use millwright::journal::is_sound_row;
 use millwright_fuzz::guard::{Limits, guarded, note_panics};
 use millwright_fuzz::heap::Counted;
-use std::time::Duration;
 
 #[global_allocator]
 static HEAP: Counted = Counted;
 
-const LIMITS: Limits = Limits {
-    cpu: Duration::from_secs(1),
-    heap_bytes: 16 << 20,
-};
-
 fuzz_target!(
     init: { note_panics(); },
-    |row: &[u8]| { assert!(guarded("read", LIMITS, || is_sound_row(row))); }
+    |row: &[u8]| { assert!(guarded("read", Limits::SMALL, || is_sound_row(row))); }
 );

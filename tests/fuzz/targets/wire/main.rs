@@ -17,10 +17,6 @@ use std::time::Duration;
 #[global_allocator]
 static HEAP: Counted = Counted;
 
-const LIMITS: Limits = Limits {
-    cpu: Duration::from_secs(1),
-    heap_bytes: 16 << 20,
-};
 const NOW: Now = Now {
     own: Duration::from_secs(100),
     wall_ms: 1_790_000_000_000,
@@ -29,7 +25,7 @@ const NOW: Now = Now {
 
 fuzz_target!(
     init: { note_panics(); },
-    |input: &[u8]| { guarded("read", LIMITS, || read(input)); }
+    |input: &[u8]| { guarded("read", Limits::SMALL, || read(input)); }
 );
 
 fn read(input: &[u8]) {

@@ -330,11 +330,7 @@ fn a_list_is_bounded_before_it_is_read() {
 #[test]
 fn cancels_are_read_and_refused() {
     let read = |payload: &[u8]| decode_cancel(&envelope(Format::Postcard, payload));
-    let cancel = read(b"\x01\x03a-1").unwrap();
-    assert_eq!(
-        (cancel.key.task.as_str(), cancel.format),
-        ("a-1", Format::Postcard)
-    );
+    assert_eq!(read(b"\x01\x03a-1").unwrap().task, "a-1");
     for payload in [&b""[..], b"\x02\x01a", b"\x01", b"\x01\x01ab", b"\x01\x01/"] {
         assert!(read(payload).is_err(), "{payload:?}");
     }
