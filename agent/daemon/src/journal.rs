@@ -25,8 +25,10 @@ use store::{OpenError, Store};
 use tokio::sync::mpsc;
 
 const FILE: &str = "journal.redb";
-/// Writes follow each other no faster: flash has so many in it.
+/// Writes follow each other no faster in the long run: flash has so many in it.
 const PACE: Duration = Duration::from_millis(5);
+/// Writes that may follow each other at once after a pause, so that what a stall held up is caught up with.
+const BURST: u32 = 10;
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);
 /// What a change takes beside its payload.
@@ -302,8 +304,11 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 
 /// Writes batches until nobody makes any.
 fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Sender<Written>) {
+    // When the next write is due at an even pace: a bucket of tokens, told by one time.
+    let mut due = Instant::now();
     while let Some(batch) = batches.blocking_recv() {
-        let began = Instant::now();
+        let earliest = Instant::now().checked_sub(PACE * BURST);
+        due = earliest.map_or(due, |earliest| due.max(earliest)) + PACE;
         crash::point("before-commit");
         while let Err(e) = store.write(&batch.changes, &batch.stamp) {
             let trouble = Written::Trouble(e.to_string());
@@ -317,7 +322,7 @@ fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Se
         if written.blocking_send(Written::Kept(batch.mark)).is_err() {
             return;
         }
-        sleep(PACE.saturating_sub(began.elapsed()));
+        sleep(due.saturating_duration_since(Instant::now()));
     }
 }
 
