@@ -149,7 +149,7 @@ fn spawn(folder: &Path, env: &[(String, String)]) -> Child {
         .append(true)
         .open(folder.join("agent.log"));
     let log = log.expect("the log");
-    Command::new(program("millwright"))
+    Command::new(agent_program())
         .args(["agent", "--config"])
         .arg(folder.join("agent.toml"))
         .envs(env.iter().map(|(name, value)| (name, value)))
@@ -158,6 +158,12 @@ fn spawn(folder: &Path, env: &[(String, String)]) -> Child {
         .stderr(log)
         .spawn()
         .expect("the agent starts")
+}
+
+/// The agent's program: the one that was built beside the tests, unless `MILLWRIGHT_TEST_AGENT` names another, as
+/// `cross/test` does for ARM.
+pub fn agent_program() -> PathBuf {
+    std::env::var_os("MILLWRIGHT_TEST_AGENT").map_or_else(|| program("millwright"), PathBuf::from)
 }
 
 /// A program of this workspace: cargo puts them beside the folder of the test programs.

@@ -13,7 +13,7 @@ pub mod faults;
 pub mod hostile;
 mod process;
 
-pub use agent::{Agent, Setup, bundle, program, real_bundle};
+pub use agent::{Agent, Setup, agent_program, bundle, program, real_bundle};
 pub use broker::{Broker, Keeps, Security};
 pub use client::{Client, Message, Outgoing};
 

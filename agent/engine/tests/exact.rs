@@ -6,8 +6,9 @@ use millwright_engine::{
     Completion, Engine, Event, KvPrecision, Options, PlanChoice, Prompt, Request, kernels,
 };
 use millwright_forge::Precision;
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 const TEXT: &str = "Replaced the seal on slew motor 3; pressure holds at 210 bar. Grease lines on the bucket were broken.";
@@ -26,21 +27,24 @@ impl Tiny {
     }
 
     fn open(&self, change: impl FnOnce(&mut Options)) -> Engine {
-        let state_dir = self.0.path().join("state");
-        let mut options = Options {
-            threads: Some(1),
-            state_dir,
-            slots: 4,
-            kv_tokens: 1024,
-            ..Options::default()
-        };
-        change(&mut options);
-        Engine::open(self.path(), &options).unwrap()
+        open(self.path(), &self.0.path().join("state"), change)
     }
 
     fn path(&self) -> &Path {
         self.0.path()
     }
+}
+
+fn open(bundle: &Path, state_dir: &Path, change: impl FnOnce(&mut Options)) -> Engine {
+    let mut options = Options {
+        threads: Some(1),
+        state_dir: state_dir.to_owned(),
+        slots: 4,
+        kv_tokens: 1024,
+        ..Options::default()
+    };
+    change(&mut options);
+    Engine::open(bundle, &options).unwrap()
 }
 
 fn logits(engine: &mut Engine) -> Vec<Vec<u32>> {
@@ -88,6 +92,50 @@ fn logits_do_not_depend_on_the_kernel() {
     }
     let expected = &all["scalar"];
     assert!(all.values().all(|rows| rows == expected));
+}
+
+/// What the logits' bits come to, for comparison between machines.
+fn digest(engine: &mut Engine) -> String {
+    let mut sha = Sha256::new();
+    for bits in logits(engine).into_iter().flatten() {
+        sha.update(bits.to_le_bytes());
+    }
+    let digest = sha.finalize();
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `cross/test` runs this under qemu as one ARM core after the other: these are x86-64's bits.
+#[test]
+fn logits_have_the_same_bits_on_every_cpu() {
+    let found = [
+        (Precision::Int8, KvPrecision::F16),
+        (Precision::Int8, KvPrecision::I8),
+        (Precision::Q4, KvPrecision::F16),
+    ]
+    .map(|(precision, kv)| digest(&mut Tiny::of(precision).open(|o| o.kv_precision = kv)));
+    assert_eq!(
+        found,
+        [
+            "e9d28d4a73354b55f2fc2fc19f209f5f2e700be3b13a8ffa87ecef78889e36d3",
+            "b02fc503716b0c89a826d64e9a3b24d85245dc8c81ae3520a08dae19e866c5e0",
+            "ee532d9c1fc9013e387328b10bb14b9c06e33e5aa3a67045a4430d6f8abdbcca"
+        ]
+    );
+}
+
+/// The real model where it was pulled, whose numbers range wider: `tests/run` says where with `MILLWRIGHT_TEST_MODEL`.
+#[test]
+fn smollm2s_logits_have_the_same_bits_on_every_cpu() {
+    let Some(model) = std::env::var_os("MILLWRIGHT_TEST_MODEL").map(PathBuf::from) else {
+        println!("MILLWRIGHT_TEST_MODEL is not set: tests/run sets it");
+        return;
+    };
+    let state = TempDir::new().unwrap();
+    let found = digest(&mut open(&model, state.path(), |_| {}));
+    assert_eq!(
+        found,
+        "4d6896cc19dfc904f2aabf25e83f5a0f4c58bbb448eccbb093837c1544df9b36"
+    );
 }
 
 /// The 8-bit cache is another arithmetic, but as much one as the other; and near it.

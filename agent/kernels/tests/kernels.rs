@@ -426,7 +426,7 @@ fn kernels_are_found_by_name() {
     assert!(Kernel::best().is_exact());
 }
 
-/// Under emulation the caller knows which kernels there must be; see cross/test-kernels.
+/// Under emulation the caller knows which kernels there must be; see cross/test.
 #[test]
 fn the_expected_kernels_are_there() {
     let names: Vec<_> = Kernel::available().iter().map(Kernel::name).collect();

@@ -5,7 +5,7 @@ use super::SENDERS;
 use super::sender::{Pace, Seen, Sender};
 use crate::faults::{Field, Shim};
 use crate::process::file_system;
-use crate::{Agent, Broker, Client, Keeps, Setup, program};
+use crate::{Agent, Broker, Client, Keeps, Setup, agent_program, program};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +24,7 @@ pub(super) fn folder(wanted: Option<&Path>, context: &mut Context) -> Result<Tem
         ));
     }
     context.say(format!("file system of the journal: {kind}"));
+    context.say(format!("agent: {}", agent_program().display()));
     Ok(folder)
 }
 
