@@ -72,15 +72,25 @@ impl Broker {
                 Authority::make(folder.path()).issue("server", SERVER, -DAY, 2 * DAY);
             }
         }
+        let is_encrypted = matches!(security, Security::Tls | Security::Mutual);
+        let (at, lines) = (folder.path().to_owned(), lines.to_owned());
+        Self::of_configuration(folder, security == Security::Passwords, move |port| {
+            let client_port = if is_encrypted { free_port() } else { port };
+            let text = configuration(&at, security, keeps, &lines, (port, client_port));
+            (text, client_port)
+        })
+    }
+
+    /// One with a configuration of its own, made for the port that agents use; beside it goes the port of the tests' clients.
+    pub(crate) fn of_configuration(
+        folder: TempDir,
+        knows_users: bool,
+        make: impl Fn(u16) -> (String, u16),
+    ) -> Self {
         // Another program may take a port between here and mosquitto's start.
         for _ in 0..5 {
-            let (port, plain) = (free_port(), free_port());
-            let client_port = match security {
-                Security::Tls | Security::Mutual => plain,
-                Security::Open | Security::Passwords => port,
-            };
-            let ports = (port, client_port);
-            let configuration = configuration(folder.path(), security, keeps, lines, ports);
+            let port = free_port();
+            let (configuration, client_port) = make(port);
             fs::write(folder.path().join("mosquitto.conf"), configuration)
                 .expect("the configuration");
             let mut child = spawn(folder.path());
@@ -88,7 +98,7 @@ impl Broker {
                 return Self {
                     child,
                     folder,
-                    knows_users: security == Security::Passwords,
+                    knows_users,
                     port,
                     client_port,
                 };

@@ -11,6 +11,7 @@ mod client;
 pub mod cost;
 pub mod faults;
 pub mod hostile;
+pub mod plant;
 mod process;
 
 pub use agent::{Agent, Setup, agent_program, bundle, program, real_bundle};

@@ -124,3 +124,31 @@ const _: () = assert!(INFLIGHT_MAX < REQUESTS_MAX);
 const _: () = assert!(INBOX_MESSAGES_MAX / 2 >= RECEIVE_MAX);
 const _: () = assert!(INBOX_BYTES_MAX / 2 >= RECEIVE_MAX * PACKET_BYTES_MAX);
 const _: () = assert!(INBOX_BRIEF_BYTES_MAX / 2 >= RECEIVE_BRIEF_MAX * PACKET_BYTES_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A number of the shipped broker's configuration.
+    fn of_the_broker(name: &str) -> usize {
+        let text = include_str!("../../../deploy/mosquitto/millwright.conf");
+        let mut values = text.lines().filter_map(|line| line.strip_prefix(name));
+        let value = values.next().unwrap_or_else(|| panic!("no {name}"));
+        assert!(values.next().is_none(), "{name} twice");
+        value.trim().parse().unwrap()
+    }
+
+    #[test]
+    fn the_shipped_broker_carries_what_the_agent_may_send_and_queues_no_more_than_it_takes() {
+        let packet = of_the_broker("max_packet_size ");
+        // The event's other fields, the topic and the properties.
+        assert!(
+            packet > ANSWER_JSON_BYTES_MAX + 16 * KIB + TOPIC_BYTES_MAX + CORRELATION_BYTES_MAX
+        );
+        assert!(packet > PACKET_BYTES_MAX);
+        assert_eq!(of_the_broker("max_inflight_messages "), RECEIVE_MAX);
+        let queued = of_the_broker("max_queued_messages ");
+        assert!(queued + RECEIVE_MAX <= INBOX_MESSAGES_MAX && queued > QUEUE_TASKS_MAX);
+        assert_eq!(of_the_broker("max_queued_bytes "), INBOX_BYTES_MAX);
+    }
+}
