@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// A gateway's folder before anything is set up: a password file, and nothing else.
@@ -358,9 +359,45 @@ fn doctor_names_topics_that_the_broker_forbids() {
     least.has("note", "topics", "can't be told");
     with("user gw\ntopic write other/#\n").fails_by("topics", "result/doctor/check");
     // Everything is allowed.
-    with("topic readwrite #\n")
+    with("user gw\ntopic readwrite #\n")
         .is_content()
         .has("note", "topics", "on any topic");
+}
+
+/// A pool's tasks go to one of its members: nobody else may be in the group for a moment.
+#[test]
+fn doctor_takes_no_task_of_a_pool() {
+    let broker = Broker::start(Security::Passwords);
+    let own = Gateway::new();
+    own.init(&own.flags(&broker));
+    let text = own.written();
+    let pooled = text.replace("# [pool]\n# name = \"pumps\"", "[pool]\nname = \"line3\"");
+    assert_ne!(pooled, text);
+    fs::write(own.file("agent.toml"), pooled).unwrap();
+    let pool = "millwright/v1/plant/pool/line3";
+    own.doctor()
+        .is_content()
+        .has("ok", "topics", &format!("{pool}/result/doctor/check"))
+        .has("note", "topics", &format!("{pool}/task/+"));
+    let agent = Agent::configured(own.folder);
+    let mut mes = Client::connect(&broker, "mes");
+    mes.await_state("online");
+    await_some("the agent is in the pool", || {
+        let group = format!("$share/line3/{pool}/task/+");
+        broker.log().contains(&group).then_some(())
+    });
+    let config = agent.folder().join("agent.toml");
+    let checking = std::thread::spawn(move || Doctor::with(&config));
+    let mut mes = Client::at(&broker, "mes", pool);
+    let ids: Vec<String> = (0..20).map(|n| format!("t-{n}")).collect();
+    for id in &ids {
+        mes.generate(id, 4);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    for id in &ids {
+        assert_eq!(mes.outcome(id)["event"], "done");
+    }
+    checking.join().unwrap().is_content();
 }
 
 #[test]

@@ -83,11 +83,12 @@ fn examine(path: &Path, offline: bool, report: &mut Report) {
             report.extend(disk::check(&config.model.state_dir));
         }
         Err(e) => {
-            report.add(Finding::problem(
-                "configuration",
-                format!("{e:#}"),
-                "set that right; the rest is looked at then",
-            ));
+            let advice = if path.exists() {
+                "set that right; the rest is looked at then"
+            } else {
+                "millwright init writes one"
+            };
+            report.add(Finding::problem("configuration", format!("{e:#}"), advice));
         }
     }
 }

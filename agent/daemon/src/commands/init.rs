@@ -70,7 +70,7 @@ pub struct Args {
     /// The broker user
     #[arg(long, value_name = "NAME", help_heading = "Answers")]
     user: Option<String>,
-    /// The file that holds the user's password, or will
+    /// The file that holds the user's password
     #[arg(long, value_name = "FILE", help_heading = "Answers")]
     password_file: Option<String>,
     /// The model's folder [default: the one below /var/lib/millwright/models, where there is one alone]

@@ -74,7 +74,7 @@ fn speed(dir: &Path) -> Finding {
         Ok(median) => {
             let ms = median.as_secs_f64() * 1e3;
             let says = format!(
-                "4 KiB are on disk after {ms:.2} ms (the median of some); a task waits for two of these"
+                "4 KiB are on disk after {ms:.2} ms (the median of {WRITES}); a task waits for two of these"
             );
             let advice = "expect slow acceptance; a better card, eMMC or an SSD for model.state_dir, or fewer other writers, helps";
             match median {
@@ -233,7 +233,7 @@ fn device_kind(device: &Path) -> Finding {
         ("1", _) => "a disk that turns, or one that doesn't say what it is",
         _ => "a disk without moving parts",
     };
-    let found = format!("{name} is {what}; {writes}");
+    let found = format!("{name} is {what}");
     if removable {
         return Finding::warning(CHECK, found, "use a disk that can't be pulled out");
     }

@@ -162,6 +162,29 @@ fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{plural}")
 }
 
+/// Where what was found begins, and how wide it is.
+const INDENT: usize = 23;
+const WIDTH: usize = 96;
+
+/// Broken at spaces, with the lines below indented as the first is.
+fn wrapped(text: &str, more: &str) -> String {
+    let mut all = String::new();
+    let mut width = 0;
+    for word in text.split(' ') {
+        let letters = word.chars().count();
+        if width > 0 && width + 1 + letters > WIDTH - more.len() {
+            all += &format!("\n{:INDENT$}{more}", "");
+            width = 0;
+        } else if width > 0 {
+            all.push(' ');
+            width += 1;
+        }
+        all += word;
+        width += letters;
+    }
+    all
+}
+
 /// `warning  disk  what is wrong`, and below it what to do.
 fn line(finding: &Finding, colour: bool) -> String {
     let (word, code) = match finding.level {
@@ -175,13 +198,10 @@ fn line(finding: &Finding, colour: bool) -> String {
     } else {
         format!("{word:<8}")
     };
-    let mut text = format!(
-        "{word} {:<13} {}",
-        finding.check,
-        printable(&finding.finding)
-    );
+    let mut text = format!("{word} {:<13} ", finding.check);
+    text += &wrapped(&printable(&finding.finding), "");
     if let Some(advice) = &finding.advice {
-        text += &format!("\n{:24}→ {}", "", printable(advice));
+        text += &format!("\n{:INDENT$}→ {}", "", wrapped(&printable(advice), "  "));
     }
     text
 }
@@ -195,7 +215,17 @@ mod tests {
         let finding = Finding::warning("disk", "a\u{1b}[2Jslow one", "use another");
         assert_eq!(
             line(&finding, false),
-            "warning  disk          a\\u{1b}[2Jslow one\n                        → use another"
+            "warning  disk          a\\u{1b}[2Jslow one\n                       → use another"
+        );
+        let long = line(&Finding::ok("disk", "word ".repeat(30).trim()), false);
+        let lines: Vec<&str> = long.lines().collect();
+        assert!(
+            lines.len() == 2 && lines[1].starts_with(&" ".repeat(INDENT)),
+            "{long}"
+        );
+        assert!(
+            lines.iter().all(|line| line.len() <= INDENT + WIDTH),
+            "{long}"
         );
         let coloured = line(&Finding::ok("disk", "fast"), true);
         assert_eq!(coloured, "\u{1b}[32mok      \u{1b}[0m disk          fast");
