@@ -29,7 +29,7 @@ pub(super) fn check(model: &config::Model, report: &mut Report) -> Option<Inspec
         let verified = bundle.verify_with(|bytes| {
             let percent = bytes * 100 / all.max(1);
             if percent != last {
-                report.busy(&format!("checksums of {place}: {percent} %"));
+                report.busy(&format!("checksums of the model: {percent} %"));
                 last = percent;
             }
         });
