@@ -58,12 +58,6 @@ impl Gateway {
         ])
     }
 
-    fn init(&self, flags: &[String]) -> Output {
-        let mut all = vec!["init".to_owned(), "--yes".to_owned()];
-        all.extend_from_slice(flags);
-        millwright(&all)
-    }
-
     fn written(&self) -> String {
         fs::read_to_string(self.file("agent.toml")).unwrap()
     }
@@ -76,6 +70,11 @@ impl Gateway {
 fn flags_of(pairs: &[(&str, &str)]) -> Vec<String> {
     let pairs = pairs.iter().flat_map(|(flag, value)| [*flag, *value]);
     pairs.map(str::to_owned).collect()
+}
+
+fn init(flags: &[String]) -> Output {
+    let all = [&["init".to_owned(), "--yes".to_owned()], flags].concat();
+    millwright(&all)
 }
 
 fn millwright(arguments: &[String]) -> Output {
@@ -147,7 +146,7 @@ fn a_script_sets_a_gateway_up_and_its_agent_answers() {
     let broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
     let flags = own.flags(&broker);
-    let output = own.init(&flags);
+    let output = init(&flags);
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
         shown.contains("is written") && shown.contains("may publish"),
@@ -161,7 +160,7 @@ fn a_script_sets_a_gateway_up_and_its_agent_answers() {
         0o640
     );
     // It is not replaced by mistake.
-    let again = own.init(&flags);
+    let again = init(&flags);
     assert!(
         again.status.code() == Some(1) && said(&again).contains("--force"),
         "{}",
@@ -170,7 +169,7 @@ fn a_script_sets_a_gateway_up_and_its_agent_answers() {
     assert_eq!(own.written(), text);
     let mut forced = flags.clone();
     forced.extend(flags_of(&[("--force", "--offline")]));
-    own.init(&forced);
+    init(&forced);
     assert_eq!(own.written(), text);
     let _agent = Agent::configured(own.folder);
     let mut mes = Client::connect(&broker, "mes");
@@ -222,7 +221,7 @@ fn a_script_hears_which_flag_is_missing_or_wrong_and_nothing_is_written() {
         (more("--port", "1"), "can't be reached"),
     ];
     for (flags, words) in cases {
-        let output = own.init(&flags);
+        let output = init(&flags);
         let said = said(&output);
         assert!(
             output.status.code() == Some(1) && said.contains(words),
@@ -292,7 +291,7 @@ fn somebody_at_a_terminal_is_asked_and_asked_again() {
 fn doctor_is_content_with_a_gateway_that_works_and_disturbs_no_agent() {
     let broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
-    own.init(&own.flags(&broker));
+    init(&own.flags(&broker));
     let before = own.doctor();
     before
         .is_content()
@@ -322,7 +321,7 @@ fn doctor_is_content_with_a_gateway_that_works_and_disturbs_no_agent() {
 fn doctor_names_a_password_that_the_broker_refuses_and_files_that_others_may_read() {
     let broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
-    own.init(&own.flags(&broker));
+    init(&own.flags(&broker));
     fs::write(own.file("password"), "nonsense").unwrap();
     own.doctor().fails_by("broker", "refuses user gw");
     fs::write(own.file("password"), "gw-secret").unwrap();
@@ -338,7 +337,7 @@ fn doctor_names_a_password_that_the_broker_refuses_and_files_that_others_may_rea
 fn doctor_names_topics_that_the_broker_forbids() {
     let mut broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
-    own.init(&own.flags(&broker));
+    init(&own.flags(&broker));
     let mut with = |acl: &str| {
         broker.stop();
         fs::write(broker.file("acl"), acl).unwrap();
@@ -369,7 +368,7 @@ fn doctor_names_topics_that_the_broker_forbids() {
 fn doctor_takes_no_task_of_a_pool() {
     let broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
-    own.init(&own.flags(&broker));
+    init(&own.flags(&broker));
     let text = own.written();
     let pooled = text.replace("# [pool]\n# name = \"pumps\"", "[pool]\nname = \"line3\"");
     assert_ne!(pooled, text);
@@ -412,7 +411,7 @@ fn doctor_names_a_model_that_was_altered_or_is_missing() {
     let mut flags = own.flags(&broker);
     let at = flags.iter().position(|word| word == "--model").unwrap();
     flags[at + 1] = own.text("model");
-    own.init(&flags);
+    init(&flags);
     own.doctor().is_content();
     let weights = model.join("model.onnx.data");
     let mut bytes = fs::read(&weights).unwrap();
@@ -432,13 +431,13 @@ fn a_broker_that_says_nothing_ends_neither_command_late() {
     let port = silent.local_addr().unwrap().port().to_string();
     let own = Gateway::new();
     let flags = [own.least(), flags_of(&[("--port", &port)])].concat();
-    let output = own.init(&flags);
+    let output = init(&flags);
     assert!(
         output.status.code() == Some(1) && said(&output).contains("does not answer"),
         "{}",
         said(&output)
     );
-    own.init(&[flags, vec!["--offline".into()]].concat());
+    init(&[flags, vec!["--offline".into()]].concat());
     own.doctor().fails_by("broker", "does not answer");
 }
 
@@ -467,7 +466,7 @@ fn a_key_made_on_the_box_is_certified_and_renewed_without_losing_tasks() {
         ("--ca", &ca),
     ]));
     flags.push("--enroll-csr".into());
-    let output = own.init(&flags);
+    let output = init(&flags);
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
         output.status.success() && shown.contains("openssl x509 -req"),

@@ -88,7 +88,7 @@ impl Command {
             }
             Self::Init(args) => {
                 log("error");
-                init::run(args)
+                init::run(&args)
             }
             Self::Doctor(args) => {
                 log("error");

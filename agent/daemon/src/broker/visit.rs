@@ -54,7 +54,7 @@ impl Visit {
     pub async fn begin(settings: &Settings, role: &str) -> Result<(Self, Greeting), Lost> {
         let settings = Settings {
             client_id: format!("{}-{role}", settings.client_id),
-            keep_alive: Duration::from_secs(60),
+            keep_alive: Duration::from_mins(1),
             session_expiry: Duration::ZERO,
             will: None,
             ..settings.clone()

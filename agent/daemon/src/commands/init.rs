@@ -81,7 +81,7 @@ pub struct Args {
     state_dir: String,
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let place = args.config.display().to_string();
     ensure!(
         args.force || !args.config.exists(),
@@ -90,26 +90,9 @@ pub(super) fn run(args: Args) -> Result<()> {
     let is_asking = !args.yes && stdin().is_terminal() && stderr().is_terminal();
     let mut questions = Questions::new(stdin().lock(), stderr(), is_asking);
     questions.say("What is in [brackets] is taken where nothing is typed.\n")?;
-    let mut answers = Answers::ask(&args, &mut questions)?;
-    while !args.offline && !args.enroll_csr {
-        questions.say(&format!("\nConnecting to {}…", answers.broker.place()))?;
-        let Err(e) = answers.connect() else {
-            questions.say("  The broker takes us.")?;
-            break;
-        };
-        if !questions.is_asking() {
-            return Err(e.context(
-                "the connection was tried (--offline leaves that out) and nothing was written",
-            ));
-        }
-        questions.say(&format!("  {e:#}"))?;
-        if !questions.confirm(
-            "Change the answers about the broker? (n writes them as they are)",
-            true,
-        )? {
-            break;
-        }
-        answers.broker = Broker::ask(&answers.broker.given(), &mut questions)?;
+    let mut answers = Answers::ask(args, &mut questions)?;
+    if !args.offline && !args.enroll_csr {
+        answers.try_out(&mut questions)?;
     }
     let requested = args.enroll_csr.then(|| answers.enroll()).transpose()?;
     files::folder_of(&args.config, 0o755)?;
@@ -146,7 +129,7 @@ struct Answers {
 impl Answers {
     fn ask<R: BufRead, W: Write>(args: &Args, questions: &mut Questions<R, W>) -> Result<Self> {
         let site = questions.ask(
-            &needed("site", "Site: where the gateway is", &args.site, None),
+            &needed("site", "Site: where the gateway is", args.site.as_ref()),
             |text| {
                 Base::of_gateway(text, "x")
                     .map_err(|e| anyhow::anyhow!("it makes no level of a topic: {e}"))?;
@@ -210,6 +193,27 @@ impl Answers {
         filled(&entries)
     }
 
+    /// Tries to connect, and again with other answers as long as somebody gives them.
+    fn try_out<R: BufRead, W: Write>(&mut self, questions: &mut Questions<R, W>) -> Result<()> {
+        loop {
+            questions.say(&format!("\nConnecting to {}…", self.broker.place()))?;
+            let Err(e) = self.connect() else {
+                return questions.say("  The broker takes us.");
+            };
+            if !questions.is_asking() {
+                return Err(e.context(
+                    "the connection was tried (--offline leaves that out) and nothing was written",
+                ));
+            }
+            questions.say(&format!("  {e:#}"))?;
+            let change = "Change the answers about the broker? (n writes them as they are)";
+            if !questions.confirm(change, true)? {
+                return Ok(());
+            }
+            self.broker = Broker::ask(&self.broker.given(), questions)?;
+        }
+    }
+
     /// Tries them as the agent would.
     fn connect(&self) -> Result<()> {
         let config = Config::parse(&self.text(false)?)?;
@@ -241,17 +245,12 @@ impl Answers {
     }
 }
 
-fn needed<'a>(
-    flag: &'a str,
-    text: &'a str,
-    given: &Option<String>,
-    default: Option<String>,
-) -> Question<'a> {
+fn needed<'a>(flag: &'a str, text: &'a str, given: Option<&String>) -> Question<'a> {
     Question {
         flag,
         text,
-        given: given.clone(),
-        default,
+        given: given.cloned(),
+        default: None,
         is_optional: false,
     }
 }

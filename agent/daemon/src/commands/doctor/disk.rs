@@ -330,13 +330,13 @@ mod tests {
         );
         let found = disk_of("nvme0n1", &[("queue/rotational", "0\n")]);
         assert!(
-            found.level == Level::Ok && found.finding.contains("nvme0n1 is an NVMe disk"),
+            found.level == Level::Ok && found.says.contains("nvme0n1 is an NVMe disk"),
             "{found:?}"
         );
         assert_eq!(level("sda", &[("removable", "1\n")]), Level::Warning);
         assert!(
             disk_of("sda", &[("queue/rotational", "1")])
-                .finding
+                .says
                 .contains("turns")
         );
     }

@@ -4,7 +4,8 @@ use anyhow::{Result, bail};
 use millwright_task::wire::printable;
 use serde::Serialize;
 use serde_json::json;
-use std::io::{IsTerminal, Write, stderr, stdout};
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _, stderr, stdout};
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -24,48 +25,49 @@ pub(crate) enum Level {
 pub(crate) struct Finding {
     pub(crate) level: Level,
     pub(crate) check: &'static str,
-    pub(crate) finding: String,
+    #[serde(rename = "finding")]
+    pub(crate) says: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) advice: Option<String>,
 }
 
 impl Finding {
-    pub(crate) fn ok(check: &'static str, finding: impl Into<String>) -> Self {
+    pub(crate) fn ok(check: &'static str, says: impl Into<String>) -> Self {
         Self {
             level: Level::Ok,
             check,
-            finding: finding.into(),
+            says: says.into(),
             advice: None,
         }
     }
 
-    pub(crate) fn note(check: &'static str, finding: impl Into<String>) -> Self {
+    pub(crate) fn note(check: &'static str, says: impl Into<String>) -> Self {
         Self {
             level: Level::Note,
-            ..Self::ok(check, finding)
+            ..Self::ok(check, says)
         }
     }
 
     pub(crate) fn warning(
         check: &'static str,
-        finding: impl Into<String>,
+        says: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
         Self {
             level: Level::Warning,
-            ..Self::note(check, finding).advising(advice)
+            ..Self::note(check, says).advising(advice)
         }
     }
 
     pub(crate) fn problem(
         check: &'static str,
-        finding: impl Into<String>,
+        says: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
         Self {
             level: Level::Problem,
-            ..Self::note(check, finding).advising(advice)
+            ..Self::note(check, says).advising(advice)
         }
     }
 
@@ -173,7 +175,7 @@ fn wrapped(text: &str, more: &str) -> String {
     for word in text.split(' ') {
         let letters = word.chars().count();
         if width > 0 && width + 1 + letters > WIDTH - more.len() {
-            all += &format!("\n{:INDENT$}{more}", "");
+            let _ = write!(all, "\n{:INDENT$}{more}", "");
             width = 0;
         } else if width > 0 {
             all.push(' ');
@@ -199,9 +201,14 @@ fn line(finding: &Finding, colour: bool) -> String {
         format!("{word:<8}")
     };
     let mut text = format!("{word} {:<13} ", finding.check);
-    text += &wrapped(&printable(&finding.finding), "");
+    text += &wrapped(&printable(&finding.says), "");
     if let Some(advice) = &finding.advice {
-        text += &format!("\n{:INDENT$}→ {}", "", wrapped(&printable(advice), "  "));
+        let _ = write!(
+            text,
+            "\n{:INDENT$}→ {}",
+            "",
+            wrapped(&printable(advice), "  ")
+        );
     }
     text
 }
