@@ -49,6 +49,20 @@ impl Agent {
         Self { child, folder, env }
     }
 
+    /// With the `agent.toml` that is in a folder.
+    pub fn configured(folder: TempDir) -> Self {
+        let child = spawn(folder.path(), &[]);
+        Self {
+            child,
+            folder,
+            env: Vec::new(),
+        }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The process's id.
     pub fn id(&self) -> u32 {
         self.child.id()

@@ -60,10 +60,17 @@ impl Authority {
     /// A new key and its certificate, in `{name}.key` and `{name}.pem`, good from and until so many seconds from now.
     pub fn issue(&self, name: &str, purpose: &str, begins: i64, ends: i64) {
         let file = |extension: &str| format!("{name}.{extension}");
-        let (key, request, certificate) = (file("key"), file("csr"), file("pem"));
+        let (key, request) = (file("key"), file("csr"));
         let subject = format!("/CN={name}");
         let files = ["-keyout", &key, "-out", &request, "-subj", &subject];
         self.openssl(&[&["req"], &KEY[..], &files].concat());
+        self.sign(name, purpose, begins, ends);
+    }
+
+    /// The certificate `{name}.pem` for the request `{name}.csr`.
+    pub fn sign(&self, name: &str, purpose: &str, begins: i64, ends: i64) {
+        let file = |extension: &str| format!("{name}.{extension}");
+        let (request, certificate) = (file("csr"), file("pem"));
         let extensions = format!("basicConstraints=CA:FALSE\n{purpose}");
         fs::write(self.folder.join(file("ext")), extensions).expect("the extensions");
         let (begins, ends, extensions) = (date(begins), date(ends), file("ext"));

@@ -13,13 +13,17 @@
 mod access;
 mod inbox;
 mod link;
+mod peer;
 mod poller;
 mod reasons;
 pub mod tls;
+mod visit;
 
 pub use access::{Access, Files};
 pub use link::{Link, NotSent, Outgoing, Token};
+pub use peer::certificate;
 pub use poller::Poller;
+pub use visit::{Greeting, Taken, Visit};
 
 use access::Credentials;
 use link::Shared;

@@ -3,9 +3,14 @@
 mod agent;
 mod ask;
 mod bench;
+mod credentials;
+mod doctor;
+mod enroll;
 mod eval;
+mod files;
 mod generate;
 mod import;
+mod init;
 mod inspect;
 mod model;
 
@@ -20,6 +25,26 @@ use tracing_subscriber::filter::LevelFilter;
 pub enum Command {
     /// Serve tasks from the broker until SIGTERM
     Agent(agent::Args),
+    /// Set a gateway up: ask for broker, site, name and model, and write the configuration
+    ///
+    /// Tries the connection, writes a configuration that explains every key, and ends with `millwright doctor`. Every answer
+    /// has a flag, so that a script needs no terminal: --yes with --site, --host and --model, and what differs from the
+    /// defaults.
+    ///
+    /// Secrets are named by their files. Those in /etc/millwright/credentials are passed to the service by systemd, so the
+    /// configuration names them as /run/credentials/millwright.service/….
+    Init(init::Args),
+    /// Look whether everything is there that the agent needs, and say what to do about what isn't
+    ///
+    /// Looks at the configuration, file rights, certificates, the broker with its limits, the rights on each topic, the model with
+    /// all its checksums, memory, sensors, clock and disk. Changes nothing and may run beside the agent. The exit code is 1
+    /// where there is a problem; warnings and notes leave it at 0.
+    Doctor(doctor::Args),
+    /// Make a key and a request for its certificate; the key stays on this box
+    ///
+    /// With a key that is there already the request renews its certificate: an agent that runs takes the renewed file up
+    /// without a restart.
+    Enroll(enroll::Args),
     /// Send one task to a gateway and print its answer as it comes
     Ask(ask::Args),
     /// Answer one prompt on this machine, without a broker
@@ -60,6 +85,18 @@ impl Command {
                 log("info");
                 crash::say_no_more_than_where();
                 runtime()?.block_on(agent::run(args))
+            }
+            Self::Init(args) => {
+                log("error");
+                init::run(&args)
+            }
+            Self::Doctor(args) => {
+                log("error");
+                doctor::run(&args)
+            }
+            Self::Enroll(args) => {
+                log("error");
+                enroll::run(&args)
             }
             Self::Ask(args) => {
                 log("error");

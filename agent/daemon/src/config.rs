@@ -230,10 +230,8 @@ impl RawBroker {
             .client_id
             .unwrap_or_else(|| format!("millwright-{}-{}", gateway.site, gateway.name));
         ensure!(!client_id.is_empty(), "broker.client_id is empty");
-        let is_plain =
-            |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']' | '%');
         ensure!(
-            !self.host.is_empty() && self.host.chars().all(is_plain),
+            host_is_plain(&self.host),
             "broker.host must be a name or an address alone, without a scheme, a user or a path"
         );
         let has_tls = self.tls.is_some();
@@ -260,6 +258,13 @@ impl RawBroker {
             will: None,
         })
     }
+}
+
+/// Whether `host` is a name or an address and nothing more.
+pub fn host_is_plain(host: &str) -> bool {
+    let is_plain =
+        |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']' | '%');
+    !host.is_empty() && host.chars().all(is_plain)
 }
 
 /// Whether `host` is this machine by name or address.

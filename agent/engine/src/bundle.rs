@@ -333,12 +333,22 @@ impl Bundle {
 
     /// Hashes every file and compares it with the manifest, if there is one.
     pub fn verify(&self) -> Result<(), BundleError> {
+        self.verify_with(|_| {})
+    }
+
+    /// The same, telling how many bytes were read so far.
+    pub fn verify_with(&self, mut progress: impl FnMut(u64)) -> Result<(), BundleError> {
         if self.described.is_some() {
             return Ok(());
         }
+        let mut done = 0;
         for entry in &self.manifest.files {
             let path = self.path(&entry.name);
-            let found = sha256_of(&path).map_err(|source| BundleError::Read {
+            let digest = hashed(&path, |bytes| {
+                done += bytes;
+                progress(done);
+            });
+            let found = digest.map_err(|source| BundleError::Read {
                 path: path.clone(),
                 source,
             })?;
@@ -430,13 +440,20 @@ impl FileEntry {
 
 /// The SHA-256 of a file, streamed, in lower-case hexadecimal.
 pub fn sha256_of(path: &Path) -> io::Result<String> {
+    hashed(path, |_| {})
+}
+
+fn hashed(path: &Path, mut read: impl FnMut(u64)) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
         match file.read(&mut buffer)? {
             0 => return Ok(hex(&hash.finalize())),
-            n => hash.update(&buffer[..n]),
+            n => {
+                hash.update(&buffer[..n]);
+                read(n as u64);
+            }
         }
     }
 }

@@ -151,6 +151,16 @@ impl Access {
         self.files.user.as_deref()
     }
 
+    /// The TLS side of the next connection.
+    pub fn tls(&self) -> Option<&Client> {
+        self.next().tls.as_ref()
+    }
+
+    /// The files that are read.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
     pub fn has_tls(&self) -> bool {
         self.files.tls.is_some()
     }

@@ -90,6 +90,12 @@ pub fn client(files: &Files) -> Result<Client> {
 }
 
 impl Client {
+    /// What holds one, and from when until when each is good: the own certificate, and the CA that ends last.
+    pub fn lives(&self) -> impl Iterator<Item = (String, Duration, Duration)> {
+        let lives = self.lives.iter();
+        lives.map(|life| (place(&life.path), life.begins, life.ends))
+    }
+
     /// What is to be renewed, if anything is.
     pub fn complaint(&self, now: Duration) -> Option<String> {
         let first = self.lives.iter().min_by_key(|life| life.ends)?;
@@ -97,9 +103,14 @@ impl Client {
         if first.ends <= now {
             return Some(format!("the certificate in {path} ended on {ends}"));
         }
-        let renewal = RENEWAL.min(first.ends.saturating_sub(first.begins) / 3);
-        (first.ends <= now + renewal).then(|| format!("the certificate in {path} ends on {ends}"))
+        let soon = ends_soon(first.begins, first.ends, now);
+        soon.then(|| format!("the certificate in {path} ends on {ends}"))
     }
+}
+
+/// Whether it is time to renew a certificate.
+pub fn ends_soon(begins: Duration, ends: Duration, now: Duration) -> bool {
+    ends <= now + RENEWAL.min(ends.saturating_sub(begins) / 3)
 }
 
 /// The lives of certificates; of one that is not understood, none.
@@ -112,7 +123,7 @@ fn life(path: &Path, certs: &[CertificateDer<'_>]) -> impl Iterator<Item = Life>
 }
 
 /// rustls tells a certificate's dates only to those who judge it when it is not valid, which comes before all else.
-fn validity(cert: &CertificateDer<'_>) -> Option<(Duration, Duration)> {
+pub(super) fn validity(cert: &CertificateDer<'_>) -> Option<(Duration, Duration)> {
     const YEAR_10000: u64 = 253_402_300_800;
     let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
     let cert = ParsedCertificate::try_from(cert).ok()?;
@@ -140,7 +151,7 @@ fn seconds(time: UnixTime) -> Duration {
 }
 
 /// A day and its time, for sentences.
-pub(super) fn date(time: Duration) -> String {
+pub fn date(time: Duration) -> String {
     calendar::format(time.as_millis() as u64)
 }
 
