@@ -45,12 +45,14 @@ pub struct Parts {
     pub pool: Option<Link>,
 }
 
+/// A task's work, once there is a model, and its seed.
+type Ready<P> = (Option<<P as Prepare>::Work>, u64);
+
 /// The agent's state between two events.
 pub struct Dispatcher<P: Prepare> {
     parts: Parts,
     decoder: Decoder,
-    /// Their work, once there is a model, and their seed.
-    admission: Admission<(Option<P::Work>, u64)>,
+    admission: Admission<Ready<P>>,
     standing: Standing<P>,
     outbox: Outbox,
     /// Acknowledgements that wait for the journal, in order of arrival.
@@ -467,7 +469,7 @@ fn prepare<P: Prepare>(
     context: usize,
     task: &wire::Task,
     seed: u64,
-) -> Result<((Option<P::Work>, u64), Size), Refusal> {
+) -> Result<(Ready<P>, Size), Refusal> {
     let work = preparer
         .prepare(intake::request(task, seed))
         .map_err(|e| intake::refusal(&e))?;

@@ -114,13 +114,13 @@ impl Needs {
 
 impl Fit {
     /// Whether it fits.
-    pub fn judge(&self) -> Result<(), Misfit> {
+    pub fn judge(&self) -> Result<(), Box<Misfit>> {
         match &self.room {
-            Some(room) if room.bytes < self.needs.bytes() => Err(Misfit {
+            Some(room) if room.bytes < self.needs.bytes() => Err(Box::new(Misfit {
                 needs: self.needs.clone(),
                 available: room.bytes,
                 bound: room.bound.clone(),
-            }),
+            })),
             _ => Ok(()),
         }
     }

@@ -31,7 +31,7 @@ pub(super) enum Standing<P: Prepare> {
     Loading(Duration),
     /// There is none, and why; for as long as loading takes, that.
     Lacking(String),
-    Ready(Equipment<P>),
+    Ready(Box<Equipment<P>>),
 }
 
 impl<P: Prepare> Standing<P> {
@@ -67,7 +67,7 @@ impl<P: Prepare> Dispatcher<P> {
             .equip(now, equipment.slots, kv_tokens_max, |task, (_, seed)| {
                 prepare(preparer, context, task, seed)
             });
-        self.standing = Standing::Ready(equipment);
+        self.standing = Standing::Ready(Box::new(equipment));
         for post in ended {
             self.conclude(None, post);
         }
