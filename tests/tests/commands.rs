@@ -242,11 +242,16 @@ fn an_agent_that_can_not_start_says_why() {
     let path = config.to_str().unwrap();
     fails(&["agent", "--config", path], &["agent.toml"]);
     let whole = "[gateway]\nsite = 's'\nname = 'g'\n[broker]\nhost = '127.0.0.1'\n[model]\nbundle = '/nonexistent'\nstate_dir = '/nonexistent'\n";
-    write(whole);
-    fails(
-        &["agent", "--config", path],
-        &["/nonexistent", "cargo forge pull"],
-    );
+    // A model that isn't there is none of these: the agent waits for it (tests/tests/small.rs).
+    write(&whole.replace(
+        "state_dir = '/nonexistent'",
+        "state_dir = '/dev/null/state'",
+    ));
+    fails(&["agent", "--config", path], &["/dev/null/state"]);
+    write(&whole.replace("state_dir", "kernel = 'abacus'\nstate_dir"));
+    fails(&["agent", "--config", path], &["agent.toml", "abacus"]);
+    write(&whole.replace("state_dir", "kv_tokens = 0\nstate_dir"));
+    fails(&["agent", "--config", path], &["agent.toml", "kv_tokens"]);
     write(&whole.replace("host =", "pasword = 'hunter2'\nhost ="));
     let output = millwright(&["agent", "--config", path]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -13,6 +13,8 @@ const LINGER: Duration = Duration::from_hours(1);
 /// The alarms there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Alarm {
+    /// There is no usable model.
+    Model,
     /// The journal can't be written.
     Journal,
     /// The broker refuses the subscription to tasks: the gateway's own, or its pool's.
@@ -28,7 +30,8 @@ pub enum Alarm {
 }
 
 impl Alarm {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
+        Self::Model,
         Self::Journal,
         Self::Subscription,
         Self::Pool,
@@ -43,6 +46,7 @@ impl Alarm {
     /// Its topic's last level.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Model => "model",
             Self::Journal => "journal",
             Self::Subscription => "subscription",
             Self::Pool => "pool",

@@ -1,19 +1,21 @@
 //! The whole agent on one screen: its tasks, its channels, its drain. What happens in each case is the
-//! dispatcher's.
+//! dispatcher's. It connects at once; the model comes when it is loaded.
 
 use crate::broker::{self, Inbox, Will};
 use crate::card::{self, Model, State};
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::dispatcher::{Dispatcher, Parts};
+use crate::dispatcher::{Dispatcher, Equipment, Parts};
 use crate::journal::Journal;
+use crate::loader;
 use crate::pool::Via;
 use crate::probe::{Machine, Probe};
-use crate::worker::{self, Brain, Prepare};
+use crate::worker::{self, Brain, Prepare, Report, Worker};
 use anyhow::{Result, anyhow};
 use millwright_task::limits::RUNNING_TASKS_MAX;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -43,23 +45,17 @@ enum Phase {
     Draining(Instant),
 }
 
-/// Serves until `shutdown` resolves and the drain is done. An error means that the agent can't go on and
+/// Serves with what `models` bring, until `shutdown` resolves and the drain is done. An error means that the agent can't go on and
 /// should be started anew.
 pub async fn run<B, P>(
     config: Config,
-    mind: Mind<B, P>,
+    mut models: mpsc::Receiver<loader::Outcome<Mind<B, P>>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()>
 where
     B: Brain,
     P: Prepare<Work = B::Work>,
 {
-    let Mind {
-        model,
-        brain,
-        preparer,
-        slots,
-    } = mind;
     let config = Arc::new(config);
     let (journal, past, mut written) = Journal::open(&config.model.state_dir)?;
     let clock = Clock::new(config.clock, past.stamp.as_ref());
@@ -87,26 +83,14 @@ where
         }
         None => (None, Inbox::closed()),
     };
-    let worker::Worker {
-        commands,
-        mut reports,
-        load,
-        thread,
-    } = worker::spawn(brain)?;
-    let kv_tokens_max = load.borrow().kv_tokens_max;
+    let mut work: Option<AtWork<B>> = None;
     let mut health = health(config.model.state_dir.clone(), config.health_interval);
-    let mut agent = Dispatcher::new(Parts {
-        slots: slots.clamp(1, RUNNING_TASKS_MAX),
-        context: model.context_length.min(kv_tokens_max),
-        kv_tokens_max,
+    let mut agent = Dispatcher::<P>::new(Parts {
         journal,
         link: link.clone(),
         pool: pool.clone(),
         config: Arc::clone(&config),
         clock,
-        model,
-        preparer,
-        commands,
     });
     agent.resume(past);
     pollers.spawn(poller.run());
@@ -119,7 +103,17 @@ where
             Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Own, &message),
             Some(signal) = pool_inbox.signals.recv() => agent.on_pool_signal(signal),
             Some(message) = pool_inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Pool, &message),
-            report = reports.recv() => match report {
+            Some(outcome) = models.recv(), if work.is_none() => match outcome {
+                Ok(mind) => match begin(mind) {
+                    Ok((kv_tokens_max, equipment, at_work)) => {
+                        agent.equip(kv_tokens_max, equipment);
+                        work = Some(at_work);
+                    }
+                    Err(e) => break Err(e),
+                },
+                Err(why) => agent.lack(&why),
+            },
+            report = report(&mut work) => match report {
                 Some(report) => agent.on_report(report),
                 None => break Err(anyhow!("the model's thread died; the log above says of what")),
             },
@@ -130,8 +124,7 @@ where
             Some((machine, is_due)) = health.recv() => {
                 agent.watch(&machine);
                 if is_due {
-                    let load = *load.borrow();
-                    agent.say_health(&machine, load);
+                    agent.say_health(&machine);
                 }
             }
             _ = pollers.join_next() => break Err(anyhow!("the connection's task died; the log above says of what")),
@@ -177,11 +170,58 @@ where
     .await;
     drop(pollers);
     // Their threads may wait for somebody to listen, and are waited for in turn.
-    drop((written, reports));
+    drop((written, models));
     drop(agent);
-    // Without its commands the thread ends after its step; a panic was reported as it happened.
-    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    if let Some(AtWork { reports, thread }) = work {
+        drop(reports);
+        // Without its commands the thread ends after its step; a panic was reported as it happened.
+        let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    }
     outcome
+}
+
+/// The model's thread, and what it tells.
+struct AtWork<B: Brain> {
+    reports: mpsc::Receiver<Report<B::Work>>,
+    thread: JoinHandle<()>,
+}
+
+/// Puts a model to work: how many tokens its cache has, what the dispatcher needs of it, and its thread.
+fn begin<B, P>(mind: Mind<B, P>) -> Result<(usize, Equipment<P>, AtWork<B>)>
+where
+    B: Brain,
+    P: Prepare<Work = B::Work>,
+{
+    let Mind {
+        model,
+        brain,
+        preparer,
+        slots,
+    } = mind;
+    let Worker {
+        commands,
+        reports,
+        load,
+        thread,
+    } = worker::spawn(brain)?;
+    let kv_tokens_max = load.borrow().kv_tokens_max;
+    let equipment = Equipment {
+        slots: slots.clamp(1, RUNNING_TASKS_MAX),
+        context: model.context_length.min(kv_tokens_max),
+        model,
+        preparer,
+        commands,
+        load,
+    };
+    Ok((kv_tokens_max, equipment, AtWork { reports, thread }))
+}
+
+/// The next report of the model's thread; none comes while there is no model.
+async fn report<B: Brain>(work: &mut Option<AtWork<B>>) -> Option<Report<B::Work>> {
+    match work {
+        Some(work) => work.reports.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn until(phase: Phase) {

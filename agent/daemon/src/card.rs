@@ -68,18 +68,20 @@ pub fn state(
     bytes(&json)
 }
 
-/// The payload of `{base}/card`.
-pub fn card(config: &Config, model: &Model, slots: usize, context: usize) -> Vec<u8> {
+/// The payload of `{base}/card`: of the model, if there is one, and how many tasks and tokens it takes.
+pub fn card(config: &Config, model: Option<(&Model, usize, usize)>) -> Vec<u8> {
     let (gateway, tasks) = (&config.gateway, &config.tasks);
     let pools = config.pool.iter();
     let pools: Vec<_> = pools
         .map(|pool| json!({"name": pool.name, "base": pool.base.to_string()}))
         .collect();
-    let kinds: &[&str] = if model.chat {
-        &["generate", "chat"]
-    } else {
-        &["generate"]
+    let kinds: &[&str] = match model {
+        None => &[],
+        Some((model, ..)) if model.chat => &["generate", "chat"],
+        Some(_) => &["generate"],
     };
+    let (slots, context) = (model.map(|m| m.1), model.map(|m| m.2));
+    let model = model.map(|m| m.0);
     bytes(&json!({
         "gateway": gateway.name, "site": gateway.site, "area": gateway.area, "line": gateway.line,
         "base": config.base.to_string(), "pools": pools, "protocols": [1], "agent": env!("CARGO_PKG_VERSION"),

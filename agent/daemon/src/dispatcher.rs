@@ -4,6 +4,7 @@
 
 mod easing;
 mod keeping;
+mod modelling;
 mod pooling;
 mod prompts;
 mod running;
@@ -11,7 +12,7 @@ mod sayings;
 
 use crate::alarms::{Alarm, Alarms};
 use crate::broker::{Link, Message, Outgoing, Receipt, Signal};
-use crate::card::{Model, State};
+use crate::card::State;
 use crate::clock::{Clock, random};
 use crate::config::Config;
 use crate::crash;
@@ -27,35 +28,32 @@ use millwright_task::job::{Class, Post, Ticket};
 use millwright_task::limits::{INBOX_MESSAGES_MAX, SEED_MAX};
 use millwright_task::recall::{Gone, Window};
 use millwright_task::wire::{self, Bounds, Code, Decoder, Refusal, Reply};
+pub use modelling::Equipment;
+use modelling::{Standing, no_model};
 use pooling::OWN_FILTERS;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
 
 /// What the dispatcher is given to work with.
-pub struct Parts<P: Prepare> {
+pub struct Parts {
     pub config: Arc<Config>,
     pub clock: Clock,
-    pub model: Model,
-    pub preparer: P,
-    /// Tasks at the same time.
-    pub slots: usize,
-    /// Tokens that one task may take, and all that run together.
-    pub context: usize,
-    pub kv_tokens_max: usize,
     pub journal: Journal,
     pub link: Link,
     /// The pool's, if the gateway is in one.
     pub pool: Option<Link>,
-    pub commands: mpsc::Sender<Command<P::Work>>,
 }
+
+/// A task's work, once there is a model, and its seed.
+type Ready<P> = (Option<<P as Prepare>::Work>, u64);
 
 /// The agent's state between two events.
 pub struct Dispatcher<P: Prepare> {
-    parts: Parts<P>,
+    parts: Parts,
     decoder: Decoder,
-    admission: Admission<(P::Work, u64)>,
+    admission: Admission<Ready<P>>,
+    standing: Standing<P>,
     outbox: Outbox,
     /// Acknowledgements that wait for the journal, in order of arrival.
     owed: VecDeque<(Mark, Via, Receipt)>,
@@ -80,7 +78,8 @@ pub struct Dispatcher<P: Prepare> {
 }
 
 impl<P: Prepare> Dispatcher<P> {
-    pub fn new(mut parts: Parts<P>) -> Self {
+    /// Without a model: [`Self::equip`] brings it, or [`Self::lack`] says that there is none.
+    pub fn new(mut parts: Parts) -> Self {
         let (config, tasks) = (&parts.config, &parts.config.tasks);
         let decoder = Decoder {
             base: config.base.clone(),
@@ -108,8 +107,8 @@ impl<P: Prepare> Dispatcher<P> {
             run_prefix: format!("{:08x}", random() as u32),
             queue_tasks_max: tasks.queue_max,
             queue_bytes_max: millwright_task::limits::QUEUE_BYTES_MAX,
-            slots: parts.slots,
-            kv_tokens_max: parts.kv_tokens_max,
+            slots: 0,
+            kv_tokens_max: 0,
             deadline_max: tasks.deadline_max,
             window: Window {
                 age_max: tasks.dedup_window,
@@ -119,10 +118,12 @@ impl<P: Prepare> Dispatcher<P> {
             share: tasks.share,
             shares: tasks.shares.clone(),
         });
+        let standing = Standing::Loading(parts.clock.now().own);
         Self {
             parts,
             decoder,
             admission,
+            standing,
             outbox: Outbox::default(),
             owed: VecDeque::new(),
             pool,
@@ -144,7 +145,8 @@ impl<P: Prepare> Dispatcher<P> {
     /// Whether another message may be taken in.
     pub fn has_room(&self) -> bool {
         let is_owing = self.owed.len() >= INBOX_MESSAGES_MAX;
-        self.outbox.has_room() && self.parts.journal.has_room() && !is_owing
+        let has_room = self.outbox.has_room() && self.parts.journal.has_room();
+        has_room && !is_owing && !self.is_settling()
     }
 
     /// Whether nothing is left to be done before the agent may leave. What waits goes on at the next start.
@@ -257,8 +259,11 @@ impl<P: Prepare> Dispatcher<P> {
     fn on_task(&mut self, task: wire::Task) {
         let now = self.parts.clock.now();
         let seed = task.sampling.seed.unwrap_or_else(|| random() & SEED_MAX);
-        let (preparer, context) = (&self.parts.preparer, self.parts.context);
-        let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
+        let standing = &self.standing;
+        let prepared = |task: &wire::Task| {
+            let equipment = standing.ready().ok_or_else(no_model)?;
+            prepare(&equipment.preparer, equipment.context, task, seed)
+        };
         if self.parts.config.log_prompts {
             prompts::log_prompt(&task);
         }
@@ -334,6 +339,7 @@ impl<P: Prepare> Dispatcher<P> {
 
     /// Deadlines, and alarms that pass.
     pub fn tick(&mut self) {
+        self.lose_patience();
         self.alarms.pass(self.parts.clock.now());
         self.miss_sensors();
         self.tick_pool();
@@ -352,14 +358,22 @@ impl<P: Prepare> Dispatcher<P> {
     /// New tasks are refused from now on, and none is begun.
     pub fn drain(&mut self) {
         self.is_draining = true;
-        self.refuse_all();
+        self.settle_gate();
         self.say_state();
     }
 
-    fn refuse_all(&mut self) {
-        let reason = "this gateway is shutting down: send the task again when it is online";
-        let refusal = Refusal::new(Code::Draining, reason.into());
-        self.admission.close(Some(refusal));
+    /// Closes the gate for as long as anything speaks against all new tasks.
+    fn settle_gate(&mut self) {
+        let refusal = if self.is_draining {
+            let reason = "this gateway is shutting down: send the task again when it is online";
+            Some(Refusal::new(Code::Draining, reason.into()))
+        } else if let Some(why) = &self.trouble {
+            let reason = format!("the gateway can't write its journal ({why}): try later");
+            Some(Refusal::new(Code::Internal, reason))
+        } else {
+            self.standing.ready().is_none().then(no_model)
+        };
+        self.admission.close(refusal);
     }
 
     /// Says the last state. What has not ended goes on at the next start; what was interrupted in order has not
@@ -382,8 +396,7 @@ impl<P: Prepare> Dispatcher<P> {
 
     fn stop(&mut self, ticket: Ticket) {
         if self.stopping.insert(ticket) {
-            // Never full (see `worker::spawn`); when the thread is gone, the agent ends anyway.
-            let _ = self.parts.commands.try_send(Command::Stop(ticket));
+            self.standing.tell(Command::Stop(ticket));
         }
     }
 
@@ -396,12 +409,15 @@ impl<P: Prepare> Dispatcher<P> {
         {
             self.seeds.insert(ticket, seed);
             self.note(Change::Begun { ticket, times });
-            let _ = self.parts.commands.try_send(Command::Start(ticket, work));
+            // Always there: without a model there is no slot.
+            if let Some(work) = work {
+                self.standing.tell(Command::Start(ticket, work));
+            }
         }
         self.tell_level();
         if !self.is_draining {
             for ticket in self.admission.yielding(now) {
-                let _ = self.parts.commands.try_send(Command::Suspend(ticket));
+                self.standing.tell(Command::Suspend(ticket));
             }
         }
         for gone in self.admission.take_gone() {
@@ -453,7 +469,7 @@ fn prepare<P: Prepare>(
     context: usize,
     task: &wire::Task,
     seed: u64,
-) -> Result<((P::Work, u64), Size), Refusal> {
+) -> Result<(Ready<P>, Size), Refusal> {
     let work = preparer
         .prepare(intake::request(task, seed))
         .map_err(|e| intake::refusal(&e))?;
@@ -469,7 +485,7 @@ fn prepare<P: Prepare>(
         kv_tokens: work.kv_tokens(),
         answer_tokens: work.tokens_max().saturating_sub(prompt_tokens),
     };
-    Ok(((work, seed), size))
+    Ok(((Some(work), seed), size))
 }
 
 fn outgoing(post: Post) -> Outgoing {

@@ -20,6 +20,7 @@ mod crash;
 pub mod dispatcher;
 pub mod intake;
 pub mod journal;
+pub mod loader;
 pub mod outbox;
 pub mod pool;
 pub mod probe;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Agent, BASE, Broker, Listener, publish};
+use common::{Agent, BASE, Broker, Listener, mind, publish};
 use serde_json::Value;
 use std::process::Command;
 use std::time::Duration;
@@ -39,6 +39,45 @@ fn a_task_is_accepted_streamed_and_answered_and_resent_gets_the_same_answer() {
     agent.stop().unwrap();
     listener.expect("draining");
     listener.expect("offline");
+}
+
+#[test]
+fn what_comes_while_the_model_loads_waits_for_it_and_without_one_is_refused() {
+    let broker = Broker::start();
+    let listener = Listener::start(broker.port);
+    let health = Listener::to(broker.port, &[&format!("{BASE}/health")]);
+    let state = tempfile::tempdir().unwrap();
+    let (minds, models) = tokio::sync::mpsc::channel(1);
+    let agent = Agent::start_with(models, "gw", "drain_grace_s=1", state.path(), broker.port);
+    // It is connected, and has asked for tasks before.
+    let sample = health.event();
+    assert!(sample["model_digest"].is_null() && sample["kv_tokens_max"].is_null());
+    publish(broker.port, "task", &task("early", 2, ""), &[]);
+    health.event();
+    assert!(minds.try_send(Err("it is missing".into())).is_ok());
+    // Nothing was said before it was known.
+    let state = listener.event();
+    assert_eq!(state["state"], "degraded");
+    assert!(state["reason"].as_str().unwrap().contains("it is missing"));
+    assert_eq!(listener.expect("rejected")["code"], "no_model");
+    assert!(minds.try_send(Ok(mind(FAST))).is_ok());
+    assert_eq!(listener.event()["state"], "online");
+    publish(broker.port, "task", &task("early", 2, ""), &[]);
+    listener.expect("done");
+    agent.stop().unwrap();
+
+    // The next start: it comes in time.
+    let path = tempfile::tempdir().unwrap();
+    let (minds, models) = tokio::sync::mpsc::channel(1);
+    let agent = Agent::start_with(models, "gw", "drain_grace_s=1", path.path(), broker.port);
+    health.event();
+    publish(broker.port, "task", &task("again", 2, ""), &[]);
+    health.event();
+    assert!(minds.try_send(Ok(mind(FAST))).is_ok());
+    listener.expect("offline");
+    assert_eq!(listener.event()["state"], "online");
+    assert_eq!(listener.event()["event"], "accepted");
+    agent.stop().unwrap();
 }
 
 #[test]

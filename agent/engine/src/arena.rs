@@ -4,6 +4,7 @@
 use crate::recipe::Geometry;
 use millwright_kernels::{KV_BLOCK, Kernel, KvBlock};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::str::FromStr;
 
 /// Positions in a block. Attention's tiles are these blocks, so results don't depend on where blocks lie.
@@ -18,6 +19,26 @@ pub enum KvPrecision {
     /// Bytes with a scale per key and value: half the memory and traffic, at a loss of fidelity.
     #[serde(rename = "int8")]
     I8,
+}
+
+impl KvPrecision {
+    /// Bytes that a position takes in the arena.
+    pub(crate) fn bytes_per_position(self, geometry: Geometry) -> usize {
+        let vector = match self {
+            Self::F16 => 2 * geometry.head_dim,
+            Self::I8 => geometry.head_dim + size_of::<f32>(),
+        };
+        2 * geometry.layers * geometry.kv_heads * vector
+    }
+}
+
+impl fmt::Display for KvPrecision {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::F16 => "f16",
+            Self::I8 => "int8",
+        })
+    }
 }
 
 impl FromStr for KvPrecision {
@@ -115,17 +136,11 @@ impl Arena {
 
     /// Bytes that one position takes in the cache: read once per later token.
     pub(crate) fn bytes_per_position(&self) -> usize {
-        let Geometry {
-            layers,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.geometry;
-        let vector = match self.numbers {
-            Numbers::F16(_) => 2 * head_dim,
-            Numbers::I8 { .. } => head_dim + size_of::<f32>(),
+        let precision = match self.numbers {
+            Numbers::F16(_) => KvPrecision::F16,
+            Numbers::I8 { .. } => KvPrecision::I8,
         };
-        2 * layers * kv_heads * vector
+        precision.bytes_per_position(self.geometry)
     }
 
     /// The keys and values of one block of a slot.

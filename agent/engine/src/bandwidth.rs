@@ -2,12 +2,12 @@
 
 use crate::bundle::hex;
 use crate::cores::{Calm, Cores, Stay, pool};
+use crate::room::Room;
 use crate::small;
 use crate::tuning::counts;
 use millwright_kernels::Pool;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs;
 use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
@@ -107,23 +107,13 @@ fn recall(path: &Path, cores: &str) -> Result<Option<f64>, String> {
 
 /// What is read; its pages are there.
 fn buffer() -> Option<Vec<u64>> {
-    let bytes = buffer_bytes(memory_available())?;
+    let bytes = buffer_bytes(Room::here().map(|room| room.bytes as usize))?;
     Some(vec![1; bytes / size_of::<u64>()])
 }
 
 fn buffer_bytes(available: Option<usize>) -> Option<usize> {
     let bytes = available.map_or(BUFFER_BYTES_MAX, |free| free / FREE_PARTS);
     (bytes >= BUFFER_BYTES_MIN).then_some(bytes.min(BUFFER_BYTES_MAX))
-}
-
-/// Bytes that Linux could give without swapping; `None` where the system doesn't say.
-fn memory_available() -> Option<usize> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// The best of a few passes with each of these numbers of threads, and whether nothing disturbed them.
@@ -163,6 +153,7 @@ fn sum(values: &[u64]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use tempfile::TempDir;
 
     #[test]
@@ -210,8 +201,5 @@ mod tests {
         assert_eq!(buffer_bytes(Some(200 * MIB)), Some(50 * MIB));
         assert_eq!(buffer_bytes(Some(128 * MIB - 1)), None);
         assert_eq!(buffer_bytes(Some(0)), None);
-        if cfg!(target_os = "linux") {
-            assert!(memory_available().is_some_and(|bytes| bytes > MIB));
-        }
     }
 }

@@ -6,9 +6,9 @@ use tract_onnx::prelude::*;
 
 /// Tensors that lie here unused at most. More than a layer has alive at once; a graph that holds on to more
 /// allocates them.
-const KEPT_MAX: usize = 16;
+pub(crate) const KEPT_MAX: usize = 16;
 /// Their bytes together at most: a long prompt's or a large vocabulary's tensors are not kept for long.
-const KEPT_BYTES_MAX: usize = 16 << 20;
+pub(crate) const KEPT_BYTES_MAX: usize = 16 << 20;
 
 /// The tensors lent and those that came back.
 #[derive(Default)]

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, tensor_proto::DataType};
 use tract_onnx::prelude::*;
@@ -94,32 +95,10 @@ impl Refusal {
 /// What is known of a model's import: as its manifest says, as `state_dir` remembers, or measured now. `None` for a
 /// bundle that was made in our own form, and where nobody wants to know.
 pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard>, OpenError> {
-    if let Some(import) = &bundle.manifest.import {
-        return Ok(Some(import.guard.clone()));
-    }
-    if bundle.is_stated() || options.plan != PlanChoice::Auto {
-        return Ok(None);
-    }
-    if !options.guard {
-        return Ok(Some(Guard::Skipped));
-    }
-    let key = Key {
-        engine: env!("CARGO_PKG_VERSION").into(),
-        import: IMPORT,
-        model: bundle.digest(),
-        kernel: options.kernel()?.name().into(),
+    let (key, path) = match standing(bundle, options)? {
+        Ok(guard) => return Ok(guard),
+        Err(open) => open,
     };
-    let name = format!(
-        "{}-{}.guard.json",
-        key.model.get(..16).unwrap_or("model"),
-        key.kernel
-    );
-    let path = options.state_dir.join(name);
-    match small::recall::<Remembered>(&path) {
-        Ok(Some(known)) if known.key == key => return known.outcome(bundle),
-        Ok(_) => {}
-        Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
-    }
     tracing::info!(
         "checking the import of {} against f32 arithmetic",
         bundle.manifest.name
@@ -136,6 +115,45 @@ pub(crate) fn settled(bundle: &Bundle, options: &Options) -> Result<Option<Guard
         );
     }
     remembered.outcome(bundle)
+}
+
+/// The same without measuring anything: of a folder that was not opened before, nothing.
+pub(crate) fn known(bundle: &Bundle, options: &Options) -> Result<Option<Guard>, OpenError> {
+    Ok(standing(bundle, options)?.unwrap_or(None))
+}
+
+/// What is known of an import already, or as what and where it will be remembered.
+fn standing(
+    bundle: &Bundle,
+    options: &Options,
+) -> Result<Result<Option<Guard>, (Key, PathBuf)>, OpenError> {
+    if let Some(import) = &bundle.manifest.import {
+        return Ok(Ok(Some(import.guard.clone())));
+    }
+    if bundle.is_stated() || options.plan != PlanChoice::Auto {
+        return Ok(Ok(None));
+    }
+    if !options.guard {
+        return Ok(Ok(Some(Guard::Skipped)));
+    }
+    let key = Key {
+        engine: env!("CARGO_PKG_VERSION").into(),
+        import: IMPORT,
+        model: bundle.digest(),
+        kernel: options.kernel()?.name().into(),
+    };
+    let name = format!(
+        "{}-{}.guard.json",
+        key.model.get(..16).unwrap_or("model"),
+        key.kernel
+    );
+    let path = options.state_dir.join(name);
+    match small::recall::<Remembered>(&path) {
+        Ok(Some(known)) if known.key == key => return known.outcome(bundle).map(Ok),
+        Ok(_) => {}
+        Err(why) => tracing::warn!("{} is measured anew: {why}", path.display()),
+    }
+    Ok(Err((key, path)))
 }
 
 impl Remembered {

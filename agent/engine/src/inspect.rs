@@ -1,10 +1,11 @@
 //! What a model's folder holds and how it would run, found by importing it; nothing is packed and no text is made.
 
 use crate::bundle::{Bundle, Guard};
+use crate::fit::Needs;
 use crate::guard;
 use crate::import::{EMBED, import};
 use crate::onnx::{Graph, dims, elements, ints};
-use crate::open::{OpenError, PlanChoice};
+use crate::open::{OpenError, Options, PlanChoice};
 use crate::pack::Sizes;
 use crate::recipe::{Form, Scope, WeightSource};
 use crate::text::Text;
@@ -53,6 +54,15 @@ pub struct Inspection {
     pub chat: bool,
     /// How an imported bundle was checked; a folder is checked when it is first opened.
     pub guard: Option<Guard>,
+    #[serde(skip)]
+    sizes: Sizes,
+}
+
+impl Inspection {
+    /// What it takes of memory with these options, in a process that takes `process` bytes beside it.
+    pub fn needs(&self, options: &Options, process: u64) -> Needs {
+        Needs::new(&self.sizes, self.tokenizer_bytes, options, process)
+    }
 }
 
 /// Matrices that are stored alike.
@@ -131,6 +141,7 @@ pub fn inspect(folder: &Path, file: Option<&str>) -> Result<Inspection, OpenErro
         tokenizer_bytes: text.bytes(),
         chat: text.has_template(),
         guard: guard.cloned(),
+        sizes,
     })
 }
 

@@ -172,7 +172,8 @@ pub(crate) struct Model {
 }
 
 impl Options {
-    fn check(&self) -> Result<(), OpenError> {
+    /// Whether it could be met: each number within its range, and the kernel one that this CPU has.
+    pub fn check(&self) -> Result<(), OpenError> {
         let bounds = [
             ("threads", self.threads.unwrap_or(1), 256, "1 to 256"),
             ("slots", self.slots, 64, "1 to 64"),
@@ -184,6 +185,7 @@ impl Options {
                 return Err(OpenError::Option { name, value, range });
             }
         }
+        self.kernel()?;
         Ok(())
     }
 

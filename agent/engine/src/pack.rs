@@ -37,6 +37,8 @@ const PAGE: usize = 4096;
 pub(crate) const PANEL_ROWS: usize = 4 * TILE_ROWS;
 /// Bytes that are written between two times that the source's pages are let go.
 const FORGET_BYTES: usize = 8 << 20;
+/// What a 32-bit system may be asked to map: the kernel takes a part of its 4 GB, and programs and heap need theirs.
+const BYTES_MAX_32: u64 = 1_500_000_000;
 /// No packing takes this long.
 const STALE: Duration = Duration::from_hours(1);
 
@@ -57,6 +59,11 @@ pub enum PackError {
     },
     #[error("the weight {name} can't be packed: {reason}")]
     Weight { name: String, reason: String },
+    #[error(
+        "packed it takes {bytes} bytes, and a {bits}-bit system maps {BYTES_MAX_32} at most: take a smaller model, a q4 \
+         bundle of it, or a 64-bit system"
+    )]
+    TooLarge { bytes: u64, bits: u32 },
 }
 
 /// Raised whenever importing makes something else of the same file, so that it is imported anew.
@@ -127,17 +134,8 @@ impl Weights {
         layout: Layout,
         folder: &Path,
     ) -> Result<Self, PackError> {
-        let key = Key {
-            source: bundle.digest(),
-            layout: match layout {
-                Layout::Signed => "signed".into(),
-                Layout::Offset => "offset".into(),
-            },
-            target: target.clone(),
-            import: IMPORT,
-        };
-        let stem = key.stem();
-        let path = folder.join(format!("{stem}.mwpk"));
+        let key = Key::new(bundle, target, layout);
+        let path = key.path(folder);
         match Self::map(&path, &key, layout) {
             Ok(weights) => return Ok(weights),
             Err(why) if path.exists() => tracing::warn!("{} is packed anew: {why}", path.display()),
@@ -167,7 +165,8 @@ impl Weights {
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
         let partial = folder.join(format!(
-            ".{stem}-{}-{}.partial",
+            ".{}-{}-{}.partial",
+            key.stem(),
             std::process::id(),
             now.as_nanos()
         ));
@@ -247,12 +246,18 @@ impl Weights {
     }
 }
 
-/// What a model would take, without writing it.
+/// What a model takes, or would take once it is written.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sizes {
     pub(crate) packed: usize,
     pub(crate) bytes_per_token: usize,
     /// Of the recipe's weights.
     pub(crate) kinds: Vec<Kind>,
+    pub(crate) geometry: Option<Geometry>,
+    /// The rows of the largest weight: the vocabulary.
+    pub(crate) vocab: usize,
+    /// Of the others that linears read, the most numbers that one gives or takes for a token.
+    pub(crate) widest: usize,
 }
 
 impl Sizes {
@@ -265,14 +270,30 @@ impl Sizes {
             import: IMPORT,
         };
         let graph = imported.graph.to_model()?.encoded_len();
-        let header = Header::new(key, imported, graph)?;
-        let kinds = header.weights.iter().filter_map(Entry::packed);
-        Ok(Self {
-            packed: header.bytes,
-            bytes_per_token: header.bytes_per_token(),
-            kinds: kinds.map(|(_, kind)| kind).collect(),
-        })
+        Ok(Header::new(key, imported, graph)?.sizes())
     }
+
+    /// Of the packed file in `folder`, or where it is not there, of what importing says that it will be.
+    pub(crate) fn known(
+        bundle: &Bundle,
+        target: &Target,
+        layout: Layout,
+        folder: &Path,
+    ) -> Result<Self, PackError> {
+        let key = Key::new(bundle, target, layout);
+        match Weights::map(&key.path(folder), &key, layout) {
+            Ok(weights) => Ok(weights.header.sizes()),
+            Err(_) => Self::of(&import(&bundle.graph(), bundle.heads(), target)?),
+        }
+    }
+}
+
+/// Whether a packed file of so many bytes can be mapped where addresses have so many bits.
+fn mappable(bytes: u64, bits: u32) -> Result<(), PackError> {
+    if bits <= 32 && bytes > BYTES_MAX_32 {
+        return Err(PackError::TooLarge { bytes, bits });
+    }
+    Ok(())
 }
 
 impl Entry {
@@ -328,6 +349,22 @@ impl Outline {
 }
 
 impl Key {
+    fn new(bundle: &Bundle, target: &Target, layout: Layout) -> Self {
+        Self {
+            source: bundle.digest(),
+            layout: match layout {
+                Layout::Signed => "signed".into(),
+                Layout::Offset => "offset".into(),
+            },
+            target: target.clone(),
+            import: IMPORT,
+        }
+    }
+
+    fn path(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}.mwpk", self.stem()))
+    }
+
     /// Names a packed file after the model, the layout and what else decides.
     fn stem(&self) -> String {
         let all = serde_json::to_vec(self).unwrap_or_default();
@@ -367,8 +404,28 @@ impl Header {
             tables: recipe.tables.iter().enumerate().map(table).collect(),
             graph: Entry::new("graph", graph, 1),
         };
-        header.place();
+        // What this system can't even count is beyond what it can map.
+        let placed = header.place().map(|()| header.bytes as u64);
+        mappable(placed.unwrap_or(u64::MAX), usize::BITS)?;
         Ok(header)
+    }
+
+    fn sizes(&self) -> Sizes {
+        let vocab = self.weights.iter().map(|entry| entry.rows).max();
+        let vocab = vocab.unwrap_or(0);
+        let linears = self.outline.linears.iter();
+        let linears = linears.map(|&index| &self.weights[index]);
+        let inner = linears.filter(|entry| entry.rows < vocab);
+        let widest = inner.map(|entry| entry.rows.max(entry.cols)).max();
+        let kinds = self.weights.iter().filter_map(Entry::packed);
+        Sizes {
+            packed: self.bytes,
+            bytes_per_token: self.bytes_per_token(),
+            kinds: kinds.map(|(_, kind)| kind).collect(),
+            geometry: self.outline.geometry,
+            vocab,
+            widest: widest.unwrap_or(0),
+        }
     }
 
     /// Bytes of the packed weights that one token's forward pass reads: those of its linears, each once. The
@@ -569,5 +626,20 @@ impl<W: Write> Write for Counted<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_32_bit_system_refuses_what_it_can_not_map_and_says_what_would_do() {
+        assert!(mappable(BYTES_MAX_32, 32).is_ok());
+        assert!(mappable(u64::MAX, 64).is_ok());
+        let refused = mappable(BYTES_MAX_32 + 1, 32).unwrap_err().to_string();
+        for words in ["1500000001 bytes", "32-bit", "1500000000 at most", "q4"] {
+            assert!(refused.contains(words), "{refused}");
+        }
     }
 }

@@ -39,7 +39,7 @@ pub struct Rules {
     pub run_prefix: String,
     pub queue_tasks_max: usize,
     pub queue_bytes_max: usize,
-    /// Tasks that the model runs at the same time.
+    /// Tasks that the model runs at the same time; none until [`Admission::equip`] where there is no model yet.
     pub slots: usize,
     /// Tokens that the cache of those that run holds together.
     pub kv_tokens_max: usize,
@@ -237,7 +237,7 @@ impl<W> Admission<W> {
     fn admit(&mut self, now: Now, job: Job, begun: u32, work: (W, Size)) -> Post {
         let (ticket, size) = (job.ticket(), work.1);
         let service = self.pace.service(size).unwrap_or(Duration::from_secs(1));
-        let share = service / self.slots() as u32;
+        let share = service / self.slots().max(1) as u32;
         let turn = self.queue.put(now.own, ticket, &job.task, work, share);
         let priority = job.task.priority;
         let mut held = Held {
@@ -357,7 +357,10 @@ impl<W> Admission<W> {
 
     /// Tasks that may run at the same time now.
     fn slots(&self) -> usize {
-        self.level.of(self.rules.slots)
+        match self.rules.slots {
+            0 => 0,
+            slots => self.level.of(slots),
+        }
     }
 
     /// Tasks that may wait now.

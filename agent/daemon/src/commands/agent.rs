@@ -1,18 +1,19 @@
-//! `millwright agent`: opens the model and serves.
+//! `millwright agent`: says how the model is loaded, and serves.
 
+use super::model::PROCESS_BYTES;
 use crate::app::{self, Mind};
 use crate::card::Model;
 use crate::config::{self, Config};
+use crate::loader::{self, Unusable};
 use crate::worker::{Brain, Load, Prepare, Work};
 use anyhow::{Context, Result};
 use millwright_engine::{
-    Completion, Engine, Event, Options, Prepared, Preparer, Request, RequestError, Slot, bandwidth,
+    Completion, Engine, Event, Fit, OpenError, Options, Prepared, Preparer, Request, RequestError,
+    Room, Slot, bandwidth, fit,
 };
 use millwright_task::pressure::Level;
 use std::path::PathBuf;
-use std::thread;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -23,6 +24,10 @@ pub struct Args {
 
 pub(super) async fn run(args: Args) -> Result<()> {
     let config = Config::read(&args.config)?;
+    let options = options(&config.model);
+    options
+        .check()
+        .with_context(|| format!("the configuration {} can't be used", args.config.display()))?;
     // Before the model loads: a signal during the load must not be lost.
     let (mut term, mut int) = (
         signal(SignalKind::terminate())?,
@@ -35,37 +40,16 @@ pub(super) async fn run(args: Args) -> Result<()> {
         }
     };
     let settings = config.model.clone();
-    tokio::pin!(shutdown);
-    let Some(mind) = unless(shutdown.as_mut(), move || open(&settings)).await? else {
-        tracing::info!("shut down while the model was loading");
-        return Ok(());
-    };
-    tracing::info!(model = mind.model.name, digest = mind.model.digest, base = %config.base, "ready");
-    app::run(config, mind, shutdown).await
+    let models = loader::spawn(config.model.bundle.clone(), move || {
+        open(&settings, &options)
+    })?;
+    app::run(config, models, shutdown).await
 }
 
-/// What `load` returns, or `None` once `shutdown` resolves. Packing can take minutes; a thread of its own, unlike the
-/// runtime's, keeps no one waiting: it ends with the process, and the next start packs anew.
-async fn unless<T: Send + 'static>(
-    shutdown: impl Future<Output = ()>,
-    load: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<Option<T>> {
-    let (send, loaded) = oneshot::channel();
-    thread::Builder::new()
-        .name("load".into())
-        .spawn(move || drop(send.send(load())))
-        .context("a thread to load the model can't be started")?;
-    tokio::select! {
-        biased;
-        () = shutdown => Ok(None),
-        loaded = loaded => loaded.context("the model's loading broke off")?.map(Some),
-    }
-}
-
-/// The engine, opened and described.
-fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
+/// What the configuration asks of the engine.
+fn options(settings: &config::Model) -> Options {
     let defaults = Options::default();
-    let options = Options {
+    Options {
         threads: settings.threads,
         kernel: settings.kernel.clone().or(defaults.kernel),
         state_dir: settings.state_dir.clone(),
@@ -76,12 +60,33 @@ fn open(settings: &config::Model) -> Result<Mind<Engine, Preparer>> {
         plan: defaults.plan,
         file: settings.file.clone(),
         guard: settings.guard.unwrap_or(defaults.guard),
+    }
+}
+
+/// What the configured model takes, beside the memory that there is.
+pub(super) fn fit_of(settings: &config::Model) -> Result<Fit, OpenError> {
+    fit(&settings.bundle, &options(settings), PROCESS_BYTES)
+}
+
+/// The engine, opened and described, if there is memory for it.
+fn open(settings: &config::Model, options: &Options) -> Result<Mind<Engine, Preparer>, Unusable> {
+    let folder = &settings.bundle;
+    let unusable = |why: &dyn std::fmt::Display| {
+        format!("the model in {} can't be used: {why}", folder.display())
     };
+    let fit = fit_of(settings).map_err(|e| Unusable::new(unusable(&e)))?;
+    if let Err(misfit) = fit.judge() {
+        let needed = misfit.needs.bytes();
+        return Err(Unusable {
+            reason: unusable(&misfit),
+            is_over: Box::new(move || Room::here().is_some_and(|room| room.bytes >= needed)),
+        });
+    }
+    tracing::info!("memory: {}", fit.needs);
     // Before the model takes its memory and any task runs: it takes the memory's whole bandwidth for a second, at each
     // start until one that nothing disturbed.
     let bandwidth = bandwidth::remembered(&settings.state_dir);
-    let engine = Engine::open(&settings.bundle, &options)
-        .with_context(|| format!("the model in {} can't be used", settings.bundle.display()))?;
+    let engine = Engine::open(folder, options).map_err(|e| Unusable::new(unusable(&e)))?;
     let card = engine.card();
     let model = Model {
         name: card.name.clone(),
@@ -158,25 +163,5 @@ impl Brain for Engine {
             kv_tokens_max: usage.kv_tokens_max,
             reads: self.reads(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::future::{pending, ready};
-    use std::sync::mpsc;
-
-    #[tokio::test]
-    async fn a_signal_during_the_load_is_obeyed_at_once() {
-        let (finish, wait) = mpsc::channel::<()>();
-        let slow = move || Ok(wait.recv().is_ok());
-        assert_eq!(unless(ready(()), slow).await.unwrap(), None);
-        drop(finish);
-        assert_eq!(unless(pending(), || Ok(3)).await.unwrap(), Some(3));
-        let failed = unless(pending(), || Err::<(), _>(anyhow::anyhow!("no model"))).await;
-        assert_eq!(failed.unwrap_err().to_string(), "no model");
-        let broken = unless(pending(), || -> Result<()> { panic!("a defect") }).await;
-        assert!(broken.unwrap_err().to_string().contains("broke off"));
     }
 }

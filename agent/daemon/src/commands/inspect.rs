@@ -1,12 +1,10 @@
 //! `millwright model inspect`: what a model's folder holds and how it would run on this machine.
 
-use super::model::{MEGA, packed_folder};
+use super::model::{MEGA, PROCESS_BYTES, packed_folder};
 use anyhow::Result;
-use millwright_engine::{Inspection, bandwidth, inspect};
+use millwright_engine::{Inspection, Options, bandwidth, inspect};
 use std::path::PathBuf;
 
-/// Tokens of context that the estimate of memory assumes, as the agent does by default.
-const CONTEXT: usize = 8192;
 /// The share of the memory's bandwidth that decoding was found to reach.
 const SHARE: f64 = 0.8;
 
@@ -83,19 +81,18 @@ fn print(found: &Inspection) {
         }
         .into(),
     );
-    let cache = found.kv_bytes_per_token.unwrap_or(0);
-    let context = CONTEXT.min(found.context_length);
-    let all = found.packed_bytes + cache * context + found.tokenizer_bytes;
+    let fit = found.needs(&Options::default(), PROCESS_BYTES).here();
     line(
         "memory",
         format!(
-            "about {:.0} MB: {:.1} packed, {:.1} for {context} tokens of context ({cache} bytes each), {:.0} for the tokenizer",
-            mega(all),
-            mega(found.packed_bytes),
-            mega(cache * context),
-            mega(found.tokenizer_bytes),
+            "{:.0} MB as an agent: {}",
+            fit.needs.bytes() as f64 / MEGA,
+            fit.needs
         ),
     );
+    if let Err(misfit) = fit.judge() {
+        line("", format!("it does not fit here: {misfit}"));
+    }
     let bandwidth = packed_folder()
         .ok()
         .and_then(|folder| bandwidth::remembered(&folder));

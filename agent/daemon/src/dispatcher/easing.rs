@@ -93,7 +93,7 @@ impl<P: Prepare> Dispatcher<P> {
     /// Tells the model how much it may take; later, where it has much to hear before.
     pub(super) fn tell_level(&mut self) {
         let level = self.easing.level();
-        if level != self.easing.told && self.parts.commands.try_send(Command::Ease(level)).is_ok() {
+        if level != self.easing.told && self.standing.tell(Command::Ease(level)) {
             self.easing.told = level;
         }
     }

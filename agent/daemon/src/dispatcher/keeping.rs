@@ -1,16 +1,17 @@
 //! What the dispatcher and the journal have with each other: what was kept is taken up, what is said is kept, and a disk
 //! that refuses closes the gate.
 
-use super::{Dispatcher, outgoing, prepare};
+use super::{Dispatcher, outgoing};
 use crate::alarms::Alarm;
 use crate::crash;
 use crate::journal::{Change, Past, Written};
 use crate::worker::Prepare;
+use millwright_task::admission::Size;
 use millwright_task::job::{Class, Post, Ticket};
-use millwright_task::wire::{self, Code, Refusal};
+use millwright_task::wire;
 
 impl<P: Prepare> Dispatcher<P> {
-    /// Takes up what the journal held: answers that were not delivered, tasks that had not ended.
+    /// Takes up what the journal held: answers that were not delivered, tasks that had not ended and wait for the model.
     pub fn resume(&mut self, past: Past) {
         let now = self.parts.clock.now();
         let here = self.parts.clock.boot_id();
@@ -37,9 +38,9 @@ impl<P: Prepare> Dispatcher<P> {
                 kept.begun = 0;
             }
             let ticket = kept.ticket;
-            let (preparer, context) = (&self.parts.preparer, self.parts.context);
-            let prepared = |task: &wire::Task| prepare(preparer, context, task, seed);
-            match self.admission.resume(now, kept, prepared) {
+            // It is made ready when there is a model.
+            let waits = |_: &wire::Task| Ok(((None, seed), Size::default()));
+            match self.admission.resume(now, kept, waits) {
                 Ok(post) => {
                     self.tally.accepted(now.own, ticket);
                     self.send(post);
@@ -57,22 +58,17 @@ impl<P: Prepare> Dispatcher<P> {
                 if self.trouble.take().is_some() {
                     tracing::info!("the journal can be written again");
                     self.alarms.clear(Alarm::Journal);
-                    self.admission.close(None);
-                    if self.is_draining {
-                        self.refuse_all();
-                    }
+                    self.settle_gate();
                     self.say_state();
                 }
             }
             Written::Trouble(why) => {
                 if self.trouble.as_ref() != Some(&why) {
                     tracing::error!("the journal can't be written, and is tried again: {why}");
-                    let reason = format!("the gateway can't write its journal ({why}): try later");
-                    let refusal = Refusal::new(Code::Internal, reason);
-                    self.admission.close(Some(refusal));
                     let now = self.parts.clock.now();
                     self.alarms.raise(now, Alarm::Journal, &why);
                     self.trouble = Some(why);
+                    self.settle_gate();
                     self.say_state();
                 }
             }

@@ -2,6 +2,7 @@
 //! but where an answer outgrows its bound.
 
 use super::{Dispatcher, outgoing, prompts};
+use crate::card::Model;
 use crate::journal::Change;
 use crate::worker::{Prepare, Report};
 use millwright_engine::{Completion, Finish};
@@ -53,7 +54,10 @@ impl<P: Prepare> Dispatcher<P> {
         self.flush_last_text(ticket);
         let now = self.parts.clock.now();
         let seed = self.seeds.remove(&ticket).unwrap_or_default();
-        match self.admission.suspend(now, ticket, (work, seed), product) {
+        match self
+            .admission
+            .suspend(now, ticket, (Some(work), seed), product)
+        {
             None => {}
             Some(Suspended::Ended(post)) => self.finished(ticket, post),
             Some(Suspended::Waiting { begun }) => {
@@ -78,13 +82,13 @@ impl<P: Prepare> Dispatcher<P> {
         );
         self.tally
             .speed((prompt, completion.prefill), (decoded, completion.decode));
-        let model = &self.parts.model;
+        let model = self.standing.ready().map(|equipment| &equipment.model);
         let provenance = Provenance {
-            model: model.title(),
-            digest: model.digest.clone(),
+            model: model.map(Model::title).unwrap_or_default(),
+            digest: model.map(|m| m.digest.clone()).unwrap_or_default(),
             engine: env!("CARGO_PKG_VERSION").into(),
             seed: self.seeds.get(&ticket).copied().unwrap_or_default(),
-            exact: model.exact,
+            exact: model.is_some_and(|model| model.exact),
         };
         Outcome::Done {
             finish,

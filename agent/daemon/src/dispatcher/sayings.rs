@@ -1,13 +1,14 @@
 //! What the agent says of itself, unasked: state, card, health, and that an answer can't be delivered.
 
-use super::{Dispatcher, Parts, outgoing};
+use super::modelling::Standing;
+use super::{Dispatcher, outgoing};
 use crate::alarms::Alarm;
 use crate::broker::Outgoing;
 use crate::card::{self, State};
 use crate::journal::Mark;
 use crate::outbox::{Purpose, Undeliverable};
 use crate::probe::Machine;
-use crate::worker::{Load, Prepare};
+use crate::worker::Prepare;
 use millwright_task::pressure::Level;
 use millwright_task::wire::{self, Code, Refusal, Reply};
 use serde_json::json;
@@ -76,6 +77,13 @@ impl<P: Prepare> Dispatcher<P> {
                 format!("the journal can't be written: {why}"),
             );
         }
+        match &self.standing {
+            Standing::Ready(_) => {}
+            Standing::Loading(_) => return (State::Degraded, "the model is being loaded".into()),
+            Standing::Lacking(why) => {
+                return (State::Degraded, format!("there is no usable model: {why}"));
+            }
+        }
         if self.is_unheard {
             let reason = "the broker refuses the subscription to tasks";
             return (State::Degraded, reason.into());
@@ -90,7 +98,7 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     pub(super) fn say_state(&mut self) {
-        if !self.subscribed {
+        if !self.subscribed || self.is_settling() {
             return;
         }
         let (state, reason) = self.state();
@@ -101,14 +109,12 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     pub(super) fn say_card(&mut self) {
-        let Parts {
-            config,
-            model,
-            slots,
-            context,
-            ..
-        } = &self.parts;
-        let payload = card::card(config, model, *slots, *context);
+        if !self.subscribed || self.is_settling() {
+            return;
+        }
+        let equipment = self.standing.ready();
+        let model = equipment.map(|e| (&e.model, e.slots, e.context));
+        let payload = card::card(&self.parts.config, model);
         self.retain(self.decoder.base.card(), payload);
     }
 
@@ -133,12 +139,16 @@ impl<P: Prepare> Dispatcher<P> {
     }
 
     /// Publishes a health sample; a missed one is not worth keeping.
-    pub fn say_health(&mut self, machine: &Machine, load: Load) {
+    pub fn say_health(&mut self, machine: &Machine) {
         let now = self.parts.clock.now();
         let (events, bytes) = self.outbox.depth();
         let (recalled, recalled_bytes) = self.admission.recalled();
-        let model = &self.parts.model;
-        let share = self.tally.share(load.reads, model.read_bytes_per_s);
+        let equipment = self.standing.ready();
+        let model = equipment.map(|e| &e.model);
+        let load = equipment.map(|e| *e.load.borrow());
+        let share = load
+            .zip(model)
+            .and_then(|(load, model)| self.tally.share(load.reads, model.read_bytes_per_s));
         let sample = json!({
             "gateway": self.parts.config.gateway.name,
             "at": millwright_task::calendar::format(now.wall_ms),
@@ -147,10 +157,10 @@ impl<P: Prepare> Dispatcher<P> {
             "queue": self.admission.waiting(), "running": self.admission.running(),
             "estimate_error": self.admission.estimate_error(),
             "counts": self.tally.counts(),
-            "kv_tokens_used": load.kv_tokens_used, "kv_tokens_max": load.kv_tokens_max,
+            "kv_tokens_used": load.map(|l| l.kv_tokens_used), "kv_tokens_max": load.map(|l| l.kv_tokens_max),
             "memory_bandwidth_share": share,
-            "threads": {"decode": model.decode_threads, "prefill": model.prefill_threads},
-            "model_digest": model.digest,
+            "threads": model.map(|m| json!({"decode": m.decode_threads, "prefill": m.prefill_threads})),
+            "model_digest": model.map(|m| &m.digest),
             "journal": {"open": self.admission.waiting() + self.admission.running(), "recalled": recalled, "bytes": recalled_bytes},
             "outbox": {"events": events, "bytes": bytes},
             "pools": self.pools(),

@@ -4,6 +4,7 @@
 use millwright::app::{self, Mind};
 use millwright::card::Model;
 use millwright::config::Config;
+use millwright::loader::Outcome;
 use millwright::worker::{Brain, Load, Prepare, Work};
 use millwright_engine::{Completion, Event, Finish, Prompt, Reads, Request, RequestError};
 use millwright_task::pressure::Level;
@@ -14,6 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::{Receiver, channel};
 use tokio::sync::oneshot;
 
 pub(crate) const BASE: &str = "millwright/v1/test/gw";
@@ -217,6 +219,19 @@ impl Agent {
         port: u16,
         step: Duration,
     ) -> Self {
+        let (minds, models) = channel(1);
+        assert!(minds.try_send(Ok(mind(step))).is_ok());
+        Self::start_with(models, name, more, state, port)
+    }
+
+    /// With a model that comes, or doesn't, when it is sent.
+    pub(crate) fn start_with(
+        models: Receiver<Outcome<Mind<Parrot, Words>>>,
+        name: &str,
+        more: &str,
+        state: &Path,
+        port: u16,
+    ) -> Self {
         let text = format!(
             "[gateway]\nsite='test'\nname='{name}'\n[broker]\nhost='127.0.0.1'\nport={port}\nkeep_alive_s=5\n\
              [model]\nbundle='none'\nstate_dir='{}'\n[tasks]\nqueue_max=2\n[agent]\nhealth_interval_s=1\ngovernor=false\n{more}\n",
@@ -230,7 +245,7 @@ impl Agent {
                 .enable_all()
                 .build()
                 .unwrap();
-            runtime.block_on(app::run(config, mind(step), async {
+            runtime.block_on(app::run(config, models, async {
                 let _ = stopped.await;
             }))
         });
@@ -247,7 +262,7 @@ impl Agent {
     }
 }
 
-fn mind(step: Duration) -> Mind<Parrot, Words> {
+pub(crate) fn mind(step: Duration) -> Mind<Parrot, Words> {
     let model = Model {
         name: "parrot".into(),
         version: "1".into(),

@@ -120,6 +120,14 @@ impl<W> Queue<W> {
         Some((ticket, waiting.work))
     }
 
+    /// All of them, in order.
+    pub(super) fn take(&mut self) -> Vec<(Turn, Ticket, W)> {
+        self.bytes = 0;
+        let all = std::mem::take(&mut self.waiting).into_iter();
+        all.map(|((turn, ticket), waiting)| (turn, ticket, waiting.work))
+            .collect()
+    }
+
     pub(super) fn remove(&mut self, turn: Turn, ticket: Ticket) {
         if let Some(waiting) = self.waiting.remove(&(turn, ticket)) {
             self.bytes -= waiting.bytes;

@@ -7,6 +7,7 @@ use super::{Admission, Held};
 use crate::Now;
 use crate::job::{Outcome, Post, Product, Ticket};
 use crate::limits::SUSPENDED_TASKS_MAX;
+use crate::wire::{Body, Refusal, Task};
 use std::time::Duration;
 
 /// What became of a task that gave way.
@@ -19,6 +20,32 @@ pub enum Suspended {
 }
 
 impl<W> Admission<W> {
+    /// There is a model: it runs so many tasks at a time, whose cache has so many tokens, and what waits is made ready for it.
+    /// The posts are the final events of those that it doesn't take.
+    pub fn equip(
+        &mut self,
+        now: Now,
+        slots: usize,
+        kv_tokens_max: usize,
+        mut prepare: impl FnMut(&Task, W) -> Result<(W, Size), Refusal>,
+    ) -> Vec<Post> {
+        (self.rules.slots, self.rules.kv_tokens_max) = (slots, kv_tokens_max);
+        let mut ended = Vec::new();
+        for (turn, ticket, work) in self.queue.take() {
+            let Some(held) = self.jobs.get_mut(&ticket) else {
+                continue;
+            };
+            match prepare(&held.job.task, work) {
+                Ok(work) => {
+                    held.size = work.1;
+                    self.queue.put_back(turn, ticket, &held.job.task, work);
+                }
+                Err(refusal) => ended.extend(self.close_job(now, ticket, Body::Failed(refusal))),
+            }
+        }
+        ended
+    }
+
     /// The next task to run, if there is room, and how often it is begun with this.
     pub fn next(&mut self, now: Now) -> Option<(Ticket, W, u32)> {
         let (_, _, size) = self.queue.first()?;

@@ -276,3 +276,60 @@ fn only_so_many_are_put_aside() {
     }
     assert_eq!(aside, limits::SUSPENDED_TASKS_MAX);
 }
+
+#[test]
+fn without_a_model_what_was_accepted_waits_and_a_model_takes_it_or_says_why_not() {
+    let mut gate: Admission<()> = Admission::new(Rules {
+        slots: 0,
+        kv_tokens_max: 0,
+        ..rules()
+    });
+    for (ticket, id) in [(1, "runs"), (2, "too-long"), (3, "cancelled"), (4, "late")] {
+        let mut task = task(id);
+        if id == "late" {
+            task.deadline = Duration::from_secs(5);
+        }
+        let kept = Kept {
+            ticket: Ticket(ticket),
+            task,
+            begun: 1,
+            cancelled: false,
+        };
+        let post = gate.resume(at(0), kept, |_| Ok(((), Size::default())));
+        assert_eq!(post.unwrap().event, "accepted");
+    }
+    assert_eq!(gate.next(at(1)), None);
+    assert_eq!(gate.yielding(at(1)), []);
+    // Sent again it is known, though new tasks would be refused.
+    gate.close(Some(Refusal::new(Code::NoModel, "none".into())));
+    assert!(matches!(
+        offer(&mut gate, 1, task("runs")).0,
+        Decision::Repeated { .. }
+    ));
+    assert_eq!(
+        offer(&mut gate, 1, task("new")).0,
+        Decision::Refused(Code::NoModel)
+    );
+    let cancelled = gate.cancel(at(2), &key("cancelled"), &reply("r"), Addressee::Gateway);
+    assert!(matches!(cancelled, Cancelled::Waiting(_)));
+    assert_eq!(gate.tick(at(6)).posts[0].event, "expired");
+
+    let ended = gate.equip(at(7), 1, 1000, |task, ()| {
+        if task.key.task == "too-long" {
+            return Err(Refusal::context_overflow(9000, 100));
+        }
+        Ok(work())
+    });
+    assert_eq!(ended.len(), 1);
+    assert!(matches!(body(&ended[0]), Body::Failed(r) if r.code == Code::ContextOverflow));
+    assert_eq!(gate.next(at(8)), Some((Ticket(1), (), 2)));
+    assert_eq!(
+        (gate.waiting(), gate.running(), gate.queue.bytes()),
+        (0, 1, 0)
+    );
+    assert_eq!(
+        gate.finish(at(9), Ticket(1), done("x")).unwrap().event,
+        "done"
+    );
+    assert!(gate.is_idle());
+}
