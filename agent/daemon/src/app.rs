@@ -9,6 +9,7 @@ use crate::dispatcher::{Dispatcher, Parts};
 use crate::journal::Journal;
 use crate::pool::Via;
 use crate::probe::{Machine, Probe};
+use crate::service::Service;
 use crate::worker::{self, Brain, Prepare};
 use anyhow::{Result, anyhow};
 use millwright_task::limits::RUNNING_TASKS_MAX;
@@ -21,8 +22,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long a lost connection may come back before the plant is told.
 const WILL_DELAY: Duration = Duration::from_secs(10);
+/// The longest between two turns of the loop.
+const TURN: Duration = Duration::from_secs(1);
 /// How often it is looked whether the machine is hard pressed.
 const LOOK: Duration = Duration::from_secs(5);
+/// The model may take this many times what the connection may between two signs of life: a step with a prompt in it is long
+/// on a small board.
+const STEP: u32 = 4;
 /// What the goodbye may take.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -61,6 +67,7 @@ where
         slots,
     } = mind;
     let config = Arc::new(config);
+    let mut service = Service::from_env();
     let (journal, past, mut written) = Journal::open(&config.model.state_dir)?;
     let clock = Clock::new(config.clock, past.stamp.as_ref());
     let will = Will {
@@ -82,7 +89,7 @@ where
     let (pool, mut pool_inbox) = match &config.pool {
         Some(pool) => {
             let (link, poller, inbox) = broker::open(&pool.broker);
-            pollers.spawn(poller.run());
+            pollers.spawn(service.pulse("the pool's connection", 1).of(poller.run()));
             (Some(link), inbox)
         }
         None => (None, Inbox::closed()),
@@ -92,7 +99,7 @@ where
         mut reports,
         load,
         thread,
-    } = worker::spawn(brain)?;
+    } = worker::spawn(brain, service.pulse("the model's thread", STEP))?;
     let kv_tokens_max = load.borrow().kv_tokens_max;
     let mut health = health(config.model.state_dir.clone(), config.health_interval);
     let mut agent = Dispatcher::new(Parts {
@@ -109,10 +116,11 @@ where
         commands,
     });
     agent.resume(past);
-    pollers.spawn(poller.run());
+    pollers.spawn(service.pulse("the connection", 1).of(poller.run()));
     tokio::pin!(shutdown);
 
     let mut phase = Phase::Serving;
+    service.ready();
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
@@ -136,15 +144,17 @@ where
             }
             _ = pollers.join_next() => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
-            () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick(),
+            () = sleep(agent.patience().min(service.patience()).min(TURN)) => agent.tick(),
             () = &mut shutdown, if phase == Phase::Serving => {
                 tracing::info!("draining for at most {:?}", config.drain_grace);
                 agent.drain();
+                service.stopping(config.drain_grace);
                 phase = Phase::Draining(Instant::now() + config.drain_grace);
             }
             () = until(phase) => break Ok(()),
         }
         agent.pump();
+        service.turn(|| agent.status());
         if phase != Phase::Serving && agent.is_done() {
             break Ok(());
         }

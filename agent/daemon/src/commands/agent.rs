@@ -3,6 +3,8 @@
 use crate::app::{self, Mind};
 use crate::card::Model;
 use crate::config::{self, Config};
+use crate::confine::confine;
+use crate::service;
 use crate::worker::{Brain, Load, Prepare, Work};
 use anyhow::{Context, Result};
 use millwright_engine::{
@@ -21,8 +23,16 @@ pub struct Args {
     config: PathBuf,
 }
 
-pub(super) async fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let config = Config::read(&args.config)?;
+    // Before there are other threads: it holds for those that come of this one.
+    if config.landlock {
+        confine(&config)?;
+    }
+    super::runtime()?.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<()> {
     // Before the model loads: a signal during the load must not be lost.
     let (mut term, mut int) = (
         signal(SignalKind::terminate())?,
@@ -36,6 +46,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
     };
     let settings = config.model.clone();
     tokio::pin!(shutdown);
+    service::say_status(&format!(
+        "loading the model in {}",
+        settings.bundle.display()
+    ));
     let Some(mind) = unless(shutdown.as_mut(), move || open(&settings)).await? else {
         tracing::info!("shut down while the model was loading");
         return Ok(());

@@ -89,6 +89,24 @@ impl<P: Prepare> Dispatcher<P> {
         }
     }
 
+    /// How the gateway is, in words for somebody who stands at the box.
+    pub fn status(&self) -> String {
+        let (state, reason) = self.state();
+        let what = match state {
+            State::Online => format!("serving, model {}", self.parts.model.title()),
+            State::Draining => "draining".into(),
+            State::Degraded => "degraded".into(),
+            State::Offline => "leaving".into(),
+        };
+        let because = if reason.is_empty() { "" } else { ": " };
+        let alone = if self.subscribed {
+            ""
+        } else {
+            "; not connected to the broker"
+        };
+        format!("{what}{because}{reason}{alone}")
+    }
+
     pub(super) fn say_state(&mut self) {
         if !self.subscribed {
             return;
