@@ -2,6 +2,9 @@
 //! come round, that it lives. Says nothing where nobody listens; judges nothing else.
 
 use sd_notify::NotifyState;
+use std::fmt::Write;
+use std::io::{self, ErrorKind};
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -73,7 +76,10 @@ impl Pulse {
 
 /// The manager's end. One loop calls [`Self::turn`] whenever it comes round, and is thereby watched itself.
 pub struct Service {
-    is_heard: bool,
+    /// Never waited for: a manager that is busy must not hold the agent up. (`sd_notify::notify` would wait.)
+    socket: Option<UnixDatagram>,
+    /// What must be said and found no room.
+    unsaid: String,
     /// Half of the time after which the manager takes the agent for dead.
     period: Option<Duration>,
     /// When the watchdog is to be fed next; at once if never before.
@@ -88,7 +94,8 @@ impl Service {
     /// As the environment says: `NOTIFY_SOCKET` and `WATCHDOG_USEC`.
     pub fn from_env() -> Self {
         Self {
-            is_heard: std::env::var_os("NOTIFY_SOCKET").is_some(),
+            socket: socket(),
+            unsaid: String::new(),
             period: sd_notify::watchdog_enabled().map(|after| after / 2),
             due: None,
             pulses: Vec::new(),
@@ -108,13 +115,13 @@ impl Service {
 
     /// The agent serves from now on.
     pub fn ready(&mut self) {
-        self.say(&[NotifyState::Ready]);
+        self.must_say(&[NotifyState::Ready]);
     }
 
     /// The agent leaves, and may take as long as its configuration says, whatever the manager's own limit.
     pub fn stopping(&mut self, grace: Duration) {
         let most = u32::try_from((grace + LEAVING).as_micros()).unwrap_or(u32::MAX);
-        self.say(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(most)]);
+        self.must_say(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(most)]);
     }
 
     /// Until [`Self::turn`] has something to do.
@@ -128,11 +135,13 @@ impl Service {
     /// Says how the agent is, and feeds the watchdog unless a loop is late.
     pub fn turn(&mut self, status: impl FnOnce() -> String) {
         let now = Instant::now();
-        if self.is_heard && self.looked.is_none_or(|at| now - at >= STATUS) {
+        if self.socket.is_some() && self.looked.is_none_or(|at| now - at >= STATUS) {
             self.looked = Some(now);
             let status = status();
-            if status != self.status {
-                self.say(&[NotifyState::Status(&status)]);
+            if !self.unsaid.is_empty() {
+                self.say(&[]);
+            }
+            if status != self.status && self.say(&[NotifyState::Status(&status)]) {
                 self.status = status;
             }
         }
@@ -157,15 +166,48 @@ impl Service {
         self.say(&[NotifyState::Watchdog]);
     }
 
-    fn say(&mut self, what: &[NotifyState<'_>]) {
-        if self.is_heard
-            && let Err(e) = sd_notify::notify(what)
-        {
-            tracing::warn!("the service manager can't be told how the agent is: {e}");
-            // It will take the agent for dead, should it wait for a watchdog.
-            self.is_heard = false;
-        }
+    fn must_say(&mut self, what: &[NotifyState<'_>]) {
+        self.unsaid.push_str(&words(what));
+        self.say(&[]);
     }
+
+    /// Says what was left unsaid, and this. Whether there was room for it.
+    fn say(&mut self, what: &[NotifyState<'_>]) -> bool {
+        let Some(socket) = &self.socket else {
+            return true;
+        };
+        let message = format!("{}{}", self.unsaid, words(what));
+        match socket.send(message.as_bytes()) {
+            Ok(_) => self.unsaid.clear(),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
+            Err(e) => {
+                // It will take the agent for dead, should it wait for a watchdog.
+                tracing::warn!("the service manager can't be told how the agent is: {e}");
+                self.socket = None;
+            }
+        }
+        true
+    }
+}
+
+fn words(what: &[NotifyState<'_>]) -> String {
+    what.iter().fold(String::new(), |mut all, state| {
+        let _ = writeln!(all, "{state}");
+        all
+    })
+}
+
+fn socket() -> Option<UnixDatagram> {
+    let path = std::env::var_os("NOTIFY_SOCKET")?;
+    let open = || -> io::Result<UnixDatagram> {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect(&path)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    };
+    open()
+        .inspect_err(|e| tracing::warn!("the service manager can't be told how the agent is: {e}"))
+        .ok()
 }
 
 /// Says what the agent does before it serves.
@@ -202,6 +244,31 @@ mod tests {
         release.send(()).unwrap();
         until(false);
         task.abort();
+    }
+
+    #[test]
+    fn a_manager_that_does_not_listen_holds_nothing_up_and_hears_later_what_it_must() {
+        let (manager, socket) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut service = Service::from_env();
+        service.socket = Some(socket);
+        let is_full = |service: &mut Service| !service.say(&[NotifyState::Watchdog]);
+        assert!((0..10_000).any(|_| is_full(&mut service)), "it has no end");
+        service.ready();
+        let status = || "serving".to_owned();
+        service.turn(status);
+        assert!(service.status.is_empty());
+        manager.set_nonblocking(true).unwrap();
+        let hear = || {
+            let mut bytes = [0; 100];
+            let n = manager.recv(&mut bytes).ok()?;
+            String::from_utf8(bytes[..n].to_vec()).ok()
+        };
+        while hear().is_some() {}
+        service.looked = None;
+        service.turn(status);
+        assert_eq!(hear().as_deref(), Some("READY=1\n"));
+        assert_eq!(hear().as_deref(), Some("STATUS=serving\n"));
     }
 
     #[test]

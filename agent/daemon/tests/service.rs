@@ -1,5 +1,6 @@
 //! That the watchdog starves when the model hangs, with a process of its own, for what it tells systemd goes by its environment.
 
+#[allow(dead_code)] // each program of tests uses its part
 mod common;
 
 use common::{Agent, Broker, Listener, publish};
