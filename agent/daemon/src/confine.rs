@@ -131,7 +131,9 @@ fn say(status: &RestrictionStatus, state_dir: &Path, [dns, broker]: [u16; 2]) {
             "Landlock is switched off in this kernel and confines nothing (boot with lsm=landlock,… to have it)"
         ),
         (RulesetStatus::NotEnforced, _) => {
-            tracing::warn!("this kernel has no Landlock (5.13 has), so it confines nothing");
+            tracing::warn!(
+                "there is no Landlock (kernels from 5.13 on have it; a container may hide it), so it confines nothing"
+            );
         }
         (_, LandlockStatus::Available { effective_abi, .. }) if effective_abi >= PORTS => {
             tracing::info!("Landlock confines: {files}, and {ports}");
