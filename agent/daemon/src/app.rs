@@ -10,6 +10,7 @@ use crate::journal::Journal;
 use crate::loader;
 use crate::pool::Via;
 use crate::probe::{Machine, Probe};
+use crate::service::{Pulse, Service};
 use crate::worker::{self, Brain, Prepare, Report, Worker};
 use anyhow::{Result, anyhow};
 use millwright_task::limits::RUNNING_TASKS_MAX;
@@ -23,8 +24,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long a lost connection may come back before the plant is told.
 const WILL_DELAY: Duration = Duration::from_secs(10);
+/// The longest between two turns of the loop.
+const TURN: Duration = Duration::from_secs(1);
 /// How often it is looked whether the machine is hard pressed.
 const LOOK: Duration = Duration::from_secs(5);
+/// The model may take this many times what the connection may between two signs of life: a step with a prompt in it is long
+/// on a small board.
+const STEP: u32 = 4;
 /// What the goodbye may take.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -57,6 +63,7 @@ where
     P: Prepare<Work = B::Work>,
 {
     let config = Arc::new(config);
+    let mut service = Service::from_env();
     let (journal, past, mut written) = Journal::open(&config.model.state_dir)?;
     let clock = Clock::new(config.clock, past.stamp.as_ref());
     let will = Will {
@@ -78,12 +85,13 @@ where
     let (pool, mut pool_inbox) = match &config.pool {
         Some(pool) => {
             let (link, poller, inbox) = broker::open(&pool.broker);
-            pollers.spawn(poller.run());
+            pollers.spawn(service.pulse("the pool's connection", 1).of(poller.run()));
             (Some(link), inbox)
         }
         None => (None, Inbox::closed()),
     };
     let mut work: Option<AtWork<B>> = None;
+    let steps = service.pulse("the model's thread", STEP);
     let mut health = health(config.model.state_dir.clone(), config.health_interval);
     let mut agent = Dispatcher::<P>::new(Parts {
         journal,
@@ -93,10 +101,11 @@ where
         clock,
     });
     agent.resume(past);
-    pollers.spawn(poller.run());
+    pollers.spawn(service.pulse("the connection", 1).of(poller.run()));
     tokio::pin!(shutdown);
 
     let mut phase = Phase::Serving;
+    service.ready();
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
@@ -104,7 +113,7 @@ where
             Some(signal) = pool_inbox.signals.recv() => agent.on_pool_signal(signal),
             Some(message) = pool_inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Pool, &message),
             Some(outcome) = models.recv(), if work.is_none() => match outcome {
-                Ok(mind) => match begin(mind) {
+                Ok(mind) => match begin(mind, steps.clone()) {
                     Ok((kv_tokens_max, equipment, at_work)) => {
                         agent.equip(kv_tokens_max, equipment);
                         work = Some(at_work);
@@ -129,15 +138,17 @@ where
             }
             _ = pollers.join_next() => break Err(anyhow!("the connection's task died; the log above says of what")),
             () = link.room() => {}
-            () = sleep(agent.patience().min(Duration::from_secs(1))) => agent.tick(),
+            () = sleep(agent.patience().min(service.patience()).min(TURN)) => agent.tick(),
             () = &mut shutdown, if phase == Phase::Serving => {
                 tracing::info!("draining for at most {:?}", config.drain_grace);
                 agent.drain();
+                service.stopping(config.drain_grace);
                 phase = Phase::Draining(Instant::now() + config.drain_grace);
             }
             () = until(phase) => break Ok(()),
         }
         agent.pump();
+        service.turn(|| agent.status());
         if phase != Phase::Serving && agent.is_done() {
             break Ok(());
         }
@@ -187,7 +198,7 @@ struct AtWork<B: Brain> {
 }
 
 /// Puts a model to work: how many tokens its cache has, what the dispatcher needs of it, and its thread.
-fn begin<B, P>(mind: Mind<B, P>) -> Result<(usize, Equipment<P>, AtWork<B>)>
+fn begin<B, P>(mind: Mind<B, P>, pulse: Pulse) -> Result<(usize, Equipment<P>, AtWork<B>)>
 where
     B: Brain,
     P: Prepare<Work = B::Work>,
@@ -203,7 +214,7 @@ where
         reports,
         load,
         thread,
-    } = worker::spawn(brain)?;
+    } = worker::spawn(brain, pulse)?;
     let kv_tokens_max = load.borrow().kv_tokens_max;
     let equipment = Equipment {
         slots: slots.clamp(1, RUNNING_TASKS_MAX),

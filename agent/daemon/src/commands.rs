@@ -14,12 +14,9 @@ mod init;
 mod inspect;
 mod model;
 
-use crate::crash;
+use crate::{crash, log};
 use anyhow::{Context, Result};
 use clap::Subcommand;
-use std::io::IsTerminal;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -82,44 +79,44 @@ impl Command {
     pub fn run(self) -> Result<()> {
         match self {
             Self::Agent(args) => {
-                log("info");
+                log::start("info");
                 crash::say_no_more_than_where();
-                runtime()?.block_on(agent::run(args))
+                agent::run(&args)
             }
             Self::Init(args) => {
-                log("error");
+                log::start("error");
                 init::run(&args)
             }
             Self::Doctor(args) => {
-                log("error");
+                log::start("error");
                 doctor::run(&args)
             }
             Self::Enroll(args) => {
-                log("error");
+                log::start("error");
                 enroll::run(&args)
             }
             Self::Ask(args) => {
-                log("error");
+                log::start("error");
                 runtime()?.block_on(ask::run(args))
             }
             Self::Generate(args) => {
-                log(LOCAL);
+                log::start(LOCAL);
                 generate::run(&args)
             }
             Self::Bench(args) => {
-                log(LOCAL);
+                log::start(LOCAL);
                 bench::run(&args)
             }
             Self::Model(ModelCommand::Inspect(args)) => {
-                log("warn");
+                log::start("warn");
                 inspect::run(&args)
             }
             Self::Model(ModelCommand::Import(args)) => {
-                log("warn");
+                log::start("warn");
                 import::run(&args)
             }
             Self::Eval(args) => {
-                log(LOCAL);
+                log::start(LOCAL);
                 eval::run(&args)
             }
         }
@@ -129,31 +126,6 @@ impl Command {
 /// Where a model is run in front of somebody, they hear what takes long at its first start.
 const LOCAL: &str = "warn,millwright_engine::guard=info,millwright_engine::pack=info";
 
-/// Logs go to stderr; `MILLWRIGHT_LOG` says how much.
-fn log(level: &str) {
-    let asked = std::env::var("MILLWRIGHT_LOG").unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(filter(&asked)))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-}
-
-/// A level is that of our own crates: libraries log what passes through them. Who wants more of one names it, as
-/// `RUST_LOG` does elsewhere (`debug,rustls=debug`). The MQTT client's own warnings repeat what we say better, and tract
-/// warns of each opset that it was not tested with.
-fn filter(asked: &str) -> String {
-    const LIBRARIES: &str = "warn,rumqttc=off,tract_onnx=error";
-    let asked = asked.split(',').map(|part| {
-        let is_level = part.trim().parse::<LevelFilter>().is_ok();
-        // All of our crates begin so.
-        let own = if is_level { "millwright=" } else { "" };
-        format!(",{own}{}", part.trim())
-    });
-    asked.fold(LIBRARIES.to_owned(), |all, part| all + &part)
-}
-
 /// Two threads: one polls the broker while the other prepares a long prompt.
 fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
@@ -161,26 +133,4 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .enable_all()
         .build()
         .context("the runtime can't be started")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_level_is_that_of_our_own_crates() {
-        let libraries = "warn,rumqttc=off,tract_onnx=error";
-        assert_eq!(filter("info"), format!("{libraries},millwright=info"));
-        assert_eq!(filter("TRACE"), format!("{libraries},millwright=TRACE"));
-        assert_eq!(
-            filter("debug, rustls=trace"),
-            format!("{libraries},millwright=debug,rustls=trace")
-        );
-        assert_eq!(
-            filter(LOCAL),
-            format!(
-                "{libraries},millwright=warn,millwright_engine::guard=info,millwright_engine::pack=info"
-            )
-        );
-    }
 }

@@ -39,6 +39,8 @@ pub struct Config {
     pub temperature_limit: Option<f32>,
     /// Prompts and answers are logged.
     pub log_prompts: bool,
+    /// The kernel is asked to hold the agent to the files and ports that it needs.
+    pub landlock: bool,
 }
 
 /// Where this gateway is.
@@ -142,6 +144,7 @@ impl Config {
             governor: raw.agent.governor,
             temperature_limit: raw.agent.temperature_limit_c,
             log_prompts: raw.agent.log_prompts,
+            landlock: raw.agent.landlock,
         })
     }
 }
@@ -204,6 +207,7 @@ struct RawAgent {
     governor: bool,
     temperature_limit_c: Option<f32>,
     log_prompts: bool,
+    landlock: bool,
 }
 
 impl Default for RawAgent {
@@ -215,6 +219,7 @@ impl Default for RawAgent {
             governor: true,
             temperature_limit_c: None,
             log_prompts: false,
+            landlock: true,
         }
     }
 }
@@ -351,7 +356,7 @@ mod tests {
             "governor",
             "temperature_limit_c",
             "log_prompts",
-            "log_prompts",
+            "landlock",
         ] {
             assert!(
                 SAMPLE

@@ -1,6 +1,7 @@
 //! The one thread that owns the model. Between two steps it looks at its commands, so that a cancel or a
 //! deadline takes effect within one step. Never touches the broker, and decides nothing about tasks.
 
+use crate::service::Pulse;
 use anyhow::Context;
 use millwright_engine::{Completion, Event, Reads, Request, RequestError};
 use millwright_task::job::Ticket;
@@ -85,14 +86,15 @@ pub struct Worker<W> {
     pub thread: JoinHandle<()>,
 }
 
-/// Moves the model onto its thread.
-pub fn spawn<B: Brain>(brain: B) -> anyhow::Result<Worker<B::Work>> {
+/// Moves the model onto its thread, which says by `pulse` that it goes on.
+pub fn spawn<B: Brain>(brain: B, pulse: Pulse) -> anyhow::Result<Worker<B::Work>> {
     // A start, a stop and a word to give way for each task that runs: a send never finds it full. Beside them, levels.
     let (commands, commands_rx) = mpsc::channel(3 * RUNNING_TASKS_MAX + LEVELS_MAX);
     let (reports_tx, reports) = mpsc::channel(WORKER_EVENTS_MAX);
     let (load_tx, load) = watch::channel(brain.load());
     let bench = Bench {
         brain,
+        pulse,
         commands: commands_rx,
         reports: reports_tx,
         load: load_tx,
@@ -117,6 +119,7 @@ struct Gone;
 
 struct Bench<B: Brain> {
     brain: B,
+    pulse: Pulse,
     commands: mpsc::Receiver<Command<B::Work>>,
     reports: mpsc::Sender<Report<B::Work>>,
     load: watch::Sender<Load>,
@@ -134,9 +137,12 @@ impl<B: Brain> Bench<B> {
 
     fn turn(&mut self) -> Result<(), Gone> {
         if self.brain.is_idle() && self.waiting.is_empty() {
+            self.pulse.rest();
             let command = self.commands.blocking_recv().ok_or(Gone)?;
+            self.pulse.beat();
             self.obey(command)?;
         }
+        self.pulse.beat();
         loop {
             match self.commands.try_recv() {
                 Ok(command) => self.obey(command)?,

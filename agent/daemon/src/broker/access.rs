@@ -165,6 +165,11 @@ impl Access {
         self.files.tls.is_some()
     }
 
+    /// The files, which may be others at any time.
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.paths()
+    }
+
     /// Reads the files again if they changed, or could not be used. Whether there is something new. Beside a connection that
     /// stands they are given time until two looks agree: somebody may be writing them.
     pub(super) fn refresh(&mut self, is_online: bool) -> bool {

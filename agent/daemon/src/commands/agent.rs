@@ -4,6 +4,7 @@ use super::model::PROCESS_BYTES;
 use crate::app::{self, Mind};
 use crate::card::Model;
 use crate::config::{self, Config};
+use crate::confine::confine;
 use crate::loader::{self, Unusable};
 use crate::worker::{Brain, Load, Prepare, Work};
 use anyhow::{Context, Result};
@@ -22,12 +23,20 @@ pub struct Args {
     config: PathBuf,
 }
 
-pub(super) async fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let config = Config::read(&args.config)?;
     let options = options(&config.model);
     options
         .check()
         .with_context(|| format!("the configuration {} can't be used", args.config.display()))?;
+    // Before there are other threads: it holds for those that come of this one.
+    if config.landlock {
+        confine(&config)?;
+    }
+    super::runtime()?.block_on(serve(config, options))
+}
+
+async fn serve(config: Config, options: Options) -> Result<()> {
     // Before the model loads: a signal during the load must not be lost.
     let (mut term, mut int) = (
         signal(SignalKind::terminate())?,

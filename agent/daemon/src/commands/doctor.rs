@@ -71,8 +71,8 @@ fn examine(path: &Path, offline: bool, report: &mut Report) {
             } else {
                 broker(&config, agent.is_some(), report);
             }
-            if let Some(found) = model::check(&config.model, report) {
-                report.add(model::memory(&found, &config.model, agent.is_some()));
+            if model::check(&config.model, report) {
+                report.extend(model::memory(&config.model, agent.is_some()));
             }
             report.extend(machine::sensors(
                 &config.model.state_dir,

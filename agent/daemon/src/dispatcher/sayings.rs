@@ -81,7 +81,7 @@ impl<P: Prepare> Dispatcher<P> {
             Standing::Ready(_) => {}
             Standing::Loading(_) => return (State::Degraded, "the model is being loaded".into()),
             Standing::Lacking(why) => {
-                return (State::Degraded, format!("there is no usable model: {why}"));
+                return (State::Degraded, format!("without a model: {why}"));
             }
         }
         if self.is_unheard {
@@ -95,6 +95,27 @@ impl<P: Prepare> Dispatcher<P> {
             Level::Eased => (State::Online, reason),
             Level::Strained | Level::Critical => (State::Degraded, reason),
         }
+    }
+
+    /// How the gateway is, in words for somebody who stands at the box.
+    pub fn status(&self) -> String {
+        let (state, reason) = self.state();
+        let what = match state {
+            State::Online => {
+                let title = self.standing.ready().map(|e| e.model.title());
+                format!("serving, model {}", title.unwrap_or_default())
+            }
+            State::Draining => "draining".into(),
+            State::Degraded => "degraded".into(),
+            State::Offline => "leaving".into(),
+        };
+        let because = if reason.is_empty() { "" } else { ": " };
+        let alone = if self.subscribed {
+            ""
+        } else {
+            "; not connected to the broker"
+        };
+        format!("{what}{because}{reason}{alone}")
     }
 
     pub(super) fn say_state(&mut self) {

@@ -82,6 +82,8 @@ impl Brain for Gated {
 
 struct Rig {
     worker: Worker<Count>,
+    /// Late whenever it doesn't rest.
+    pulse: Pulse,
     steps: std_mpsc::Receiver<()>,
     go: std_mpsc::SyncSender<()>,
 }
@@ -95,8 +97,14 @@ impl Rig {
             steps: step,
             go: gone,
         };
-        let worker = spawn(brain).unwrap();
-        Self { worker, steps, go }
+        let pulse = Pulse::new(std::time::Duration::ZERO);
+        let worker = spawn(brain, pulse.clone()).unwrap();
+        Self {
+            worker,
+            pulse,
+            steps,
+            go,
+        }
     }
 
     fn tell(&self, command: Command<Count>) {
@@ -185,4 +193,21 @@ fn one_that_was_never_begun_is_given_back_whole_and_one_that_is_done_not_at_all(
     rig.begun();
     rig.end_step();
     rig.text(3);
+}
+
+#[test]
+fn a_step_that_does_not_end_is_late_and_a_model_without_work_is_not() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.pulse.overdue(), None);
+    rig.tell(Command::Start(Ticket(1), Count(1, 0)));
+    rig.begun();
+    std::thread::sleep(std::time::Duration::from_millis(2));
+    assert!(rig.pulse.overdue().is_some());
+    rig.end_step();
+    rig.text(1);
+    assert!(matches!(rig.report(), Report::Done(Ticket(1), _)));
+    // Its turn ends a moment later.
+    while rig.pulse.overdue().is_some() {
+        std::thread::yield_now();
+    }
 }

@@ -1,0 +1,303 @@
+//! What the service manager is told, by systemd's protocol: that the agent serves, how it is, and, while all of its loops
+//! come round, that it lives. Says nothing where nobody listens; judges nothing else.
+
+use sd_notify::NotifyState;
+use std::fmt::Write;
+use std::io::{self, ErrorKind};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What a stop may take beyond the drain: the step that runs, the goodbyes, the threads' ends.
+const LEAVING: Duration = Duration::from_secs(30);
+/// How often the manager hears how the agent is, where that changes.
+const STATUS: Duration = Duration::from_secs(1);
+
+/// How often a loop may be expected to come round, in the time that it has.
+const BEATS: u32 = 4;
+
+/// When a loop last came round: it says so, and somebody else looks.
+#[derive(Clone)]
+pub struct Pulse {
+    began: Instant,
+    /// Milliseconds since `began`.
+    beat: Arc<AtomicU64>,
+    patience: Duration,
+}
+
+/// In the place of a time: nothing is to be done, so nothing can be late.
+const RESTING: u64 = u64::MAX;
+
+impl Pulse {
+    pub(crate) fn new(patience: Duration) -> Self {
+        Self {
+            began: Instant::now(),
+            beat: Arc::new(AtomicU64::new(RESTING)),
+            patience,
+        }
+    }
+
+    pub fn beat(&self) {
+        let now = self.began.elapsed().as_millis() as u64;
+        self.beat.store(now, Ordering::Relaxed);
+    }
+
+    /// Until the next beat it waits for others, for as long as that takes.
+    pub fn rest(&self) {
+        self.beat.store(RESTING, Ordering::Relaxed);
+    }
+
+    /// Runs a future, and beats for as long as its task gets its turn: one that blocks its thread is silent. That it waits in
+    /// vain is not seen: it must know itself for how long it may wait.
+    pub async fn of<T>(self, future: impl Future<Output = T>) -> T {
+        tokio::pin!(future);
+        loop {
+            self.beat();
+            tokio::select! {
+                biased;
+                out = &mut future => {
+                    self.rest();
+                    return out;
+                }
+                () = tokio::time::sleep(self.patience / BEATS) => {}
+            }
+        }
+    }
+
+    /// For how long it has been silent, if that is longer than it may be.
+    pub(crate) fn overdue(&self) -> Option<Duration> {
+        let beat = self.beat.load(Ordering::Relaxed);
+        let now = self.began.elapsed();
+        let silence = now.saturating_sub(Duration::from_millis(beat));
+        (beat != RESTING && silence > self.patience).then_some(silence)
+    }
+}
+
+/// The manager's end. One loop calls [`Self::turn`] whenever it comes round, and is thereby watched itself.
+pub struct Service {
+    /// Never waited for: a manager that is busy must not hold the agent up. (`sd_notify::notify` would wait.)
+    socket: Option<UnixDatagram>,
+    /// What must be said and found no room.
+    unsaid: String,
+    /// Half of the time after which the manager takes the agent for dead.
+    period: Option<Duration>,
+    /// When the watchdog is to be fed next; at once if never before.
+    due: Option<Instant>,
+    pulses: Vec<(&'static str, Pulse)>,
+    status: String,
+    looked: Option<Instant>,
+    is_starved: bool,
+}
+
+impl Service {
+    /// As the environment says: `NOTIFY_SOCKET` and `WATCHDOG_USEC`.
+    pub fn from_env() -> Self {
+        Self {
+            socket: socket(),
+            unsaid: String::new(),
+            period: sd_notify::watchdog_enabled().map(|after| after / 2),
+            due: None,
+            pulses: Vec::new(),
+            status: String::new(),
+            looked: None,
+            is_starved: false,
+        }
+    }
+
+    /// Watches a loop that may take `times` the watchdog's period to come round.
+    pub fn pulse(&mut self, name: &'static str, times: u32) -> Pulse {
+        let patience = self.period.map_or(Duration::MAX, |period| period * times);
+        let pulse = Pulse::new(patience);
+        self.pulses.push((name, pulse.clone()));
+        pulse
+    }
+
+    /// The agent serves from now on.
+    pub fn ready(&mut self) {
+        self.must_say(&[NotifyState::Ready]);
+    }
+
+    /// The agent leaves, and may take as long as its configuration says, whatever the manager's own limit.
+    pub fn stopping(&mut self, grace: Duration) {
+        let most = u32::try_from((grace + LEAVING).as_micros()).unwrap_or(u32::MAX);
+        self.must_say(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(most)]);
+    }
+
+    /// Until [`Self::turn`] has something to do.
+    pub fn patience(&self) -> Duration {
+        let due = self.due.map_or(Duration::ZERO, |at| {
+            at.saturating_duration_since(Instant::now())
+        });
+        self.period.map_or(Duration::MAX, |_| due)
+    }
+
+    /// Says how the agent is, and feeds the watchdog unless a loop is late.
+    pub fn turn(&mut self, status: impl FnOnce() -> String) {
+        let now = Instant::now();
+        if self.socket.is_some() && self.looked.is_none_or(|at| now - at >= STATUS) {
+            self.looked = Some(now);
+            let status = status();
+            if !self.unsaid.is_empty() {
+                self.say(&[]);
+            }
+            if status != self.status && self.say(&[NotifyState::Status(&status)]) {
+                self.status = status;
+            }
+        }
+        let Some(period) = self.period else { return };
+        if self.due.is_some_and(|at| now < at) {
+            return;
+        }
+        let mut late = self.pulses.iter();
+        let late = late.find_map(|(name, pulse)| Some((name, pulse.overdue()?)));
+        if let Some((name, silence)) = late {
+            if !self.is_starved {
+                tracing::error!(
+                    "{name} has not come round for {silence:.0?}: the watchdog is not fed until it does"
+                );
+            }
+            self.is_starved = true;
+            self.due = Some(now + period / BEATS);
+            return;
+        }
+        self.is_starved = false;
+        self.due = Some(now + period);
+        self.say(&[NotifyState::Watchdog]);
+    }
+
+    fn must_say(&mut self, what: &[NotifyState<'_>]) {
+        self.unsaid.push_str(&words(what));
+        self.say(&[]);
+    }
+
+    /// Says what was left unsaid, and this. Whether there was room for it.
+    fn say(&mut self, what: &[NotifyState<'_>]) -> bool {
+        let Some(socket) = &self.socket else {
+            return true;
+        };
+        let message = format!("{}{}", self.unsaid, words(what));
+        match socket.send(message.as_bytes()) {
+            Ok(_) => self.unsaid.clear(),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
+            Err(e) => {
+                // It will take the agent for dead, should it wait for a watchdog.
+                tracing::warn!("the service manager can't be told how the agent is: {e}");
+                self.socket = None;
+            }
+        }
+        true
+    }
+}
+
+fn words(what: &[NotifyState<'_>]) -> String {
+    what.iter().fold(String::new(), |mut all, state| {
+        let _ = writeln!(all, "{state}");
+        all
+    })
+}
+
+fn socket() -> Option<UnixDatagram> {
+    let path = std::env::var_os("NOTIFY_SOCKET")?;
+    let open = || -> io::Result<UnixDatagram> {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect(&path)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    };
+    open()
+        .inspect_err(|e| tracing::warn!("the service manager can't be told how the agent is: {e}"))
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_future_beats_until_it_blocks_its_thread() {
+        let pulse = Pulse::new(Duration::from_millis(40));
+        let (release, held) = mpsc::sync_channel::<()>(1);
+        let (begin, begun) = tokio::sync::oneshot::channel();
+        let future = pulse.clone().of(async move {
+            let _ = begun.await;
+            let _ = held.recv();
+            std::future::pending::<()>().await;
+        });
+        let task = tokio::spawn(future);
+        let until = |late: bool| {
+            let end = Instant::now() + Duration::from_secs(20);
+            while pulse.overdue().is_some() != late {
+                assert!(Instant::now() < end, "late: {late}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        begin.send(()).unwrap();
+        until(true);
+        release.send(()).unwrap();
+        until(false);
+        task.abort();
+    }
+
+    #[test]
+    fn a_manager_that_does_not_listen_holds_nothing_up_and_hears_later_what_it_must() {
+        let (manager, socket) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut service = Service::from_env();
+        service.socket = Some(socket);
+        let is_full = |service: &mut Service| !service.say(&[NotifyState::Watchdog]);
+        assert!((0..10_000).any(|_| is_full(&mut service)), "it has no end");
+        service.ready();
+        let status = || "serving".to_owned();
+        service.turn(status);
+        assert!(service.status.is_empty());
+        manager.set_nonblocking(true).unwrap();
+        let hear = || {
+            let mut bytes = [0; 100];
+            let n = manager.recv(&mut bytes).ok()?;
+            String::from_utf8(bytes[..n].to_vec()).ok()
+        };
+        while hear().is_some() {}
+        service.looked = None;
+        service.turn(status);
+        assert_eq!(hear().as_deref(), Some("READY=1\n"));
+        assert_eq!(hear().as_deref(), Some("STATUS=serving\n"));
+    }
+
+    #[test]
+    fn the_watchdog_is_fed_at_half_its_time_unless_a_loop_is_late() {
+        let mut service = Service::from_env();
+        assert_eq!(service.patience(), Duration::MAX, "nobody waits for it");
+        let hour = Duration::from_hours(1);
+        service.period = Some(hour);
+        let pulse = service.pulse("the loop", 2);
+        assert_eq!(pulse.patience, 2 * hour);
+        assert!(service.patience().is_zero(), "at once");
+        service.turn(String::new);
+        let (due, patience) = (service.due, service.patience());
+        assert!(patience <= hour && patience > hour / 2);
+        service.turn(String::new);
+        assert_eq!(service.due, due, "not before it is due");
+
+        service.due = None;
+        service.pulses = vec![("the loop", Pulse::new(Duration::ZERO))];
+        service.turn(String::new);
+        assert!(!service.is_starved, "one that rests is not late");
+        service.due = None;
+        let pulse = service.pulses[0].1.clone();
+        pulse.beat();
+        std::thread::sleep(Duration::from_millis(2));
+        service.turn(String::new);
+        assert!(service.is_starved);
+        let patience = service.patience();
+        assert!(
+            !patience.is_zero() && patience <= hour / 4,
+            "it is looked again, and not without a pause"
+        );
+        service.due = None;
+        pulse.rest();
+        service.turn(String::new);
+        assert!(!service.is_starved);
+    }
+}
