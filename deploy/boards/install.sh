@@ -74,7 +74,8 @@ check() {
     sha256sum -c SHA256SUMS > /dev/null || fail "the files are not what SHA256SUMS says; unpack the archive again"
     # A program for another processor says so here, and nothing is changed.
     if live; then
-        files/usr/bin/millwright --version > /dev/null || fail "files/usr/bin/millwright does not run here; is the archive for this processor?"
+        files/usr/bin/millwright --version > /dev/null ||
+            fail "files/usr/bin/millwright does not run here; is the archive for this processor?"
     fi
 }
 
