@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 /// What the command line can't know of a gateway that was set up from a package.
-const FILES: &str = r#".SH FILES
+const FILES: &str = r".SH FILES
 .TP
 /etc/millwright/agent.toml
 The configuration. Without it the service does not start.
@@ -25,7 +25,7 @@ The journal of tasks, what was computed from the model, and the models.
 .TP
 MILLWRIGHT_LOG
 How much is logged: error, warn, info, debug or trace, for libraries by name (debug,rustls=debug).
-"#;
+";
 
 fn main() -> io::Result<()> {
     let dir = env::args_os().nth(1).map(PathBuf::from);
