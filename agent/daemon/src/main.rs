@@ -1,16 +1,8 @@
 //! The command line. Errors are one sentence on stderr and exit code 1.
 
 use clap::Parser;
-use millwright::commands::Command;
+use millwright::commands::Cli;
 use std::process::ExitCode;
-
-/// Language models inside the plant, over MQTT.
-#[derive(Parser)]
-#[command(version, about)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
