@@ -27,9 +27,10 @@ impl Machine {
         shim.sense(BOOT_ID, "first\n");
         let setup = Setup {
             env: shim.env(false),
-            model: "slots = 1".into(),
+            // Slow, so that there is time to switch it off.
+            model: "slots = 1\nthreads = 1\nkernel = 'scalar'".into(),
             agent: format!("clock = '{clock}'"),
-            tasks: "queue_max = 40\nsender_queue_max = 40\ndeadline_max_s = 7200".into(),
+            tasks: "queue_max = 240\nsender_queue_max = 240\ndeadline_max_s = 7200".into(),
             ..Setup::default()
         };
         Self {
@@ -55,7 +56,7 @@ impl Machine {
 /// Gives it more to do than it does before the power goes.
 fn occupy(mes: &mut Client) {
     let hours = json!({"deadline_ms": HOURS_MS});
-    (0..30).for_each(|n| mes.task(&long(&format!("busy-{n}"), &hours)));
+    (0..200).for_each(|n| mes.task(&long(&format!("busy-{n}"), &hours)));
     mes.event("busy-0", "started");
 }
 

@@ -196,7 +196,7 @@ impl Stage {
         }
         if peak > idle + BUDGET_KIB {
             verdict.violate(format!(
-                "the agent took {peak} KiB of memory, {idle} KiB when it first connected"
+                "the agent took {peak} KiB of memory, {idle} KiB when it was first ready"
             ));
         }
         if verdict.violations > 0 {
@@ -211,8 +211,8 @@ impl Stage {
     }
 }
 
-/// Reads an agent's highest resident memory, over all of its lives, each from its first connection on: before that it
-/// measures how fast memory is, for which it takes 128 MiB.
+/// Reads an agent's highest resident memory, over all of its lives, each from when its model was ready on: before that
+/// it measures how fast memory is, for which it takes 128 MiB.
 struct Watch {
     shared: Arc<Watched>,
 }
@@ -235,7 +235,7 @@ impl Watch {
             let mut counted = 0;
             while !own.over.load(Ordering::Relaxed) {
                 let pid = own.pid.load(Ordering::Relaxed);
-                if pid != counted && own.has_connected() {
+                if pid != counted && own.is_ready() {
                     // Resets the highest to what it is now.
                     let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "5");
                     counted = pid;
@@ -264,14 +264,14 @@ impl Watch {
 
 impl Watched {
     /// By its own word: the proxy also sees the last connection of an agent that is gone.
-    fn has_connected(&self) -> bool {
+    fn is_ready(&self) -> bool {
         let (log, length) = self.log.lock().expect("no thread panics with it").clone();
         let mut said = String::new();
         let read = File::open(log).and_then(|mut file| {
             file.seek(SeekFrom::Start(length))?;
             file.read_to_string(&mut said)
         });
-        read.is_ok() && said.contains("connected to the broker")
+        read.is_ok() && said.contains(" ready model=")
     }
 }
 

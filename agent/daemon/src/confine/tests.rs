@@ -20,13 +20,13 @@ impl Plant {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        for name in ["tls", "store", "model/onnx", "cache", "elsewhere"] {
+        for name in ["tls", "store", "models/own/onnx", "cache", "elsewhere"] {
             fs::create_dir_all(at(name)).unwrap();
         }
         fs::write(at("store/1"), "first").unwrap();
         symlink(at("store/1"), at("tls/password")).unwrap();
         fs::write(at("cache/blob"), "graph").unwrap();
-        symlink(at("cache/blob"), at("model/onnx/model.onnx")).unwrap();
+        symlink(at("cache/blob"), at("models/own/onnx/model.onnx")).unwrap();
         fs::write(at("elsewhere/file"), "theirs").unwrap();
         let broker = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = broker.local_addr().unwrap().port();
@@ -34,7 +34,7 @@ impl Plant {
             "[gateway]\nsite='a'\nname='b'\n[broker]\nhost='127.0.0.1'\nport={port}\nuser='u'\npassword_file='{}'\n\
              [model]\nbundle='{}'\nstate_dir='{}'\n",
             at("tls/password").display(),
-            at("model").display(),
+            at("models/own").display(),
             at("state").display(),
         );
         Self {
@@ -99,7 +99,7 @@ fn what_the_agent_does_still_works() {
         fs::remove_dir(plant.at("state/packed")).unwrap();
         // The model, through links too; the machine; names.
         assert_eq!(
-            fs::read(plant.at("model/onnx/model.onnx")).unwrap(),
+            fs::read(plant.at("models/own/onnx/model.onnx")).unwrap(),
             b"graph"
         );
         for path in [
@@ -157,7 +157,7 @@ fn what_it_has_no_business_with_is_refused() {
         refused(fs::read(plant.at("elsewhere/file")));
         refused(fs::read_dir(plant.at("elsewhere")));
         refused(fs::write(plant.at("elsewhere/new"), "x"));
-        refused(fs::write(plant.at("model/new"), "x"));
+        refused(fs::write(plant.at("models/new"), "x"));
         refused(fs::write(plant.at("tls/new"), "x"));
         refused(fs::remove_file(plant.at("store/1")));
         refused(fs::create_dir(plant.at("more")));
@@ -171,14 +171,36 @@ fn what_it_has_no_business_with_is_refused() {
     });
 }
 
+/// `models` is the folder of the folder.
+#[test]
+fn a_model_that_takes_the_place_of_another_can_be_read() {
+    let plant = Plant::new();
+    let (renew, renewed) = std::sync::mpsc::sync_channel(1);
+    let (done, wait) = std::sync::mpsc::sync_channel(1);
+    std::thread::scope(|scope| {
+        let plant = &plant;
+        scope.spawn(move || {
+            renewed.recv().unwrap();
+            fs::create_dir(plant.at("new")).unwrap();
+            fs::write(plant.at("new/model.onnx"), "another").unwrap();
+            fs::remove_dir_all(plant.at("models/own")).unwrap();
+            fs::rename(plant.at("new"), plant.at("models/own")).unwrap();
+            done.send(()).unwrap();
+        });
+        plant.confined(move |_| {
+            renew.send(()).unwrap();
+            wait.recv().unwrap();
+            let model = fs::read_to_string(plant.at("models/own/model.onnx"));
+            assert_eq!(model.unwrap(), "another");
+        });
+    });
+}
+
 #[test]
 fn a_model_that_is_brought_later_can_be_read() {
     let plant = Plant::new();
-    fs::remove_dir_all(plant.at("model")).unwrap();
-    assert_eq!(
-        existing(&plant.at("model")),
-        Some(plant.folder.path().to_owned())
-    );
+    fs::remove_dir_all(plant.at("models/own")).unwrap();
+    assert_eq!(existing(&plant.at("models/own")), Some(plant.at("models")));
     assert_eq!(
         existing(Path::new("/not/there")),
         None,
