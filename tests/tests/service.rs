@@ -213,6 +213,10 @@ fn unit() -> PathBuf {
 /// `systemd-analyze`'s words, or `None` where it isn't there.
 fn analyze(arguments: &[&str], unit: &Path) -> Option<(bool, String)> {
     let output = Command::new("systemd-analyze")
+        // It draws and colours by these.
+        .env("LC_ALL", "C.UTF-8")
+        .env("TERM", "xterm")
+        .env("SYSTEMD_EMOJI", "1")
         .args(arguments)
         .args(Some(unit).filter(|unit| unit.is_file()))
         .output();

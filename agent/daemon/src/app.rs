@@ -112,15 +112,16 @@ where
             Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Own, &message),
             Some(signal) = pool_inbox.signals.recv() => agent.on_pool_signal(signal),
             Some(message) = pool_inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Pool, &message),
-            Some(outcome) = models.recv(), if work.is_none() => match outcome {
-                Ok(mind) => match begin(mind, steps.clone()) {
+            outcome = models.recv(), if work.is_none() => match outcome {
+                Some(Ok(mind)) => match begin(mind, steps.clone()) {
                     Ok((kv_tokens_max, equipment, at_work)) => {
                         agent.equip(kv_tokens_max, equipment);
                         work = Some(at_work);
                     }
                     Err(e) => break Err(e),
                 },
-                Err(why) => agent.lack(&why),
+                Some(Err(why)) => agent.lack(&why),
+                None => break Err(anyhow!("the thread that loads the model died; the log above says of what")),
             },
             report = report(&mut work) => match report {
                 Some(report) => agent.on_report(report),

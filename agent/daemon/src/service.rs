@@ -88,6 +88,8 @@ pub struct Service {
     status: String,
     looked: Option<Instant>,
     is_starved: bool,
+    /// What was said last could not be sent, and the log knows.
+    is_unheard: bool,
 }
 
 impl Service {
@@ -102,6 +104,7 @@ impl Service {
             status: String::new(),
             looked: None,
             is_starved: false,
+            is_unheard: false,
         }
     }
 
@@ -162,8 +165,9 @@ impl Service {
             return;
         }
         self.is_starved = false;
-        self.due = Some(now + period);
-        self.say(&[NotifyState::Watchdog]);
+        // A manager that had no room for it must not wait for the next one: that would be too late.
+        let fed = self.say(&[NotifyState::Watchdog]);
+        self.due = Some(now + if fed { period } else { period / BEATS });
     }
 
     fn must_say(&mut self, what: &[NotifyState<'_>]) {
@@ -179,13 +183,16 @@ impl Service {
         let message = format!("{}{}", self.unsaid, words(what));
         match socket.send(message.as_bytes()) {
             Ok(_) => self.unsaid.clear(),
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
             Err(e) => {
-                // It will take the agent for dead, should it wait for a watchdog.
-                tracing::warn!("the service manager can't be told how the agent is: {e}");
-                self.socket = None;
+                // It will take the agent for dead, should it wait for a watchdog; so it is tried again.
+                if e.kind() != ErrorKind::WouldBlock && !self.is_unheard {
+                    tracing::warn!("the service manager can't be told how the agent is: {e}");
+                    self.is_unheard = true;
+                }
+                return false;
             }
         }
+        self.is_unheard = false;
         true
     }
 }

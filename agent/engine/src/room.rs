@@ -58,12 +58,14 @@ impl Room {
             bytes,
             bound: Bound::Machine,
         });
-        let rooms = free.into_iter().chain(limits(root));
-        let mut least = rooms.min_by_key(|room| room.bytes)?;
         // What it holds is not free, and it is its own.
-        let own = kib(&root.join("proc/self/status"), "RssAnon:");
-        least.bytes += own.unwrap_or(0);
-        Some(least)
+        let own = kib(&root.join("proc/self/status"), "RssAnon:").unwrap_or(0);
+        let free = free.map(|room| Self {
+            bytes: room.bytes + own,
+            ..room
+        });
+        let rooms = free.into_iter().chain(limits(root, own));
+        rooms.min_by_key(|room| room.bytes)
     }
 }
 
@@ -90,7 +92,7 @@ const V1: Version = Version {
 };
 
 /// What each limit leaves of this process's cgroups and of all above them.
-fn limits(root: &Path) -> Vec<Room> {
+fn limits(root: &Path, own: u64) -> Vec<Room> {
     let mut rooms = Vec::new();
     let text = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     for line in text.lines() {
@@ -108,14 +110,14 @@ fn limits(root: &Path) -> Vec<Room> {
         let is_inside = path.components().all(|c| matches!(c, Component::Normal(_)));
         let path = if is_inside { path } else { Path::new("") };
         for cgroup in path.ancestors() {
-            rooms.extend(version.rooms(root, cgroup));
+            rooms.extend(version.rooms(root, cgroup, own));
         }
     }
     rooms
 }
 
 impl Version {
-    fn rooms(&self, root: &Path, cgroup: &Path) -> Vec<Room> {
+    fn rooms(&self, root: &Path, cgroup: &Path, own: u64) -> Vec<Room> {
         let folder = root.join(self.place).join(cgroup);
         let number = |name: &str| -> Option<u64> {
             let text = fs::read_to_string(folder.join(name)).ok()?;
@@ -138,7 +140,7 @@ impl Version {
         let files: u64 = self.files.iter().map(|name| part(name)).sum();
         let used = number(self.usage).unwrap_or(0).saturating_sub(files);
         let room = |(file, bytes): (&'static str, u64)| Room {
-            bytes: bytes.saturating_sub(used),
+            bytes: (bytes + own).saturating_sub(used),
             bound: Bound::Limit {
                 cgroup: Path::new("/").join(cgroup),
                 file,
