@@ -1,7 +1,10 @@
 //! A gateway's first setup: its configuration, its key, and what `doctor` says of it.
 
 use millwright_tests::authority::{CLIENT, DAY};
-use millwright_tests::{Agent, BASE, Broker, Client, Security, await_some, bundle, program};
+use millwright_tests::plant::Plant;
+use millwright_tests::{
+    Agent, BASE, Broker, Client, Message, Security, Setup, await_some, bundle, program,
+};
 use serde_json::Value;
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
@@ -167,8 +170,8 @@ fn a_script_sets_a_gateway_up_and_its_agent_answers() {
         said(&again)
     );
     assert_eq!(own.written(), text);
-    let mut forced = flags.clone();
-    forced.extend(flags_of(&[("--force", "--offline")]));
+    fs::write(own.file("agent.toml"), "another").unwrap();
+    let forced = [flags, vec!["--force".into(), "--offline".into()]].concat();
     init(&forced);
     assert_eq!(own.written(), text);
     let _agent = Agent::configured(own.folder);
@@ -217,6 +220,14 @@ fn a_script_hears_which_flag_is_missing_or_wrong_and_nothing_is_written() {
             more("--password-file", "/x"),
             "--password-file needs --user",
         ),
+        (
+            [
+                more("--user", "gw"),
+                flags_of(&[("--password-file", "hunter2")]),
+            ]
+            .concat(),
+            "--password-file: there is no such file",
+        ),
         // Nobody listens there.
         (more("--port", "1"), "can't be reached"),
     ];
@@ -227,7 +238,10 @@ fn a_script_hears_which_flag_is_missing_or_wrong_and_nothing_is_written() {
             output.status.code() == Some(1) && said.contains(words),
             "{words}: {said}"
         );
-        assert!(!said.contains('\u{1b}'), "{said}");
+        assert!(
+            !said.contains('\u{1b}') && !said.contains("hunter2"),
+            "{said}"
+        );
         assert!(!own.file("agent.toml").exists(), "{words}");
     }
 }
@@ -292,21 +306,28 @@ fn doctor_is_content_with_a_gateway_that_works_and_disturbs_no_agent() {
     let broker = Broker::start(Security::Passwords);
     let own = Gateway::new();
     init(&own.flags(&broker));
+    let mut mes = Client::connect(&broker, "mes");
     let before = own.doctor();
+    // Nothing is said in the name of an agent that was never there.
+    let is_said = |m: &Message| m.topic.ends_with("/state") || m.topic.ends_with("/card");
+    let said = mes.next_within(Duration::from_millis(300), is_said);
+    assert!(said.is_none(), "{said:?}");
     before
         .is_content()
         .has("ok", "topics", "may subscribe")
         .has("ok", "model", "checksums");
     before.has("ok", "topics", "keep this user from foreign topics");
     let mut agent = Agent::configured(own.folder);
-    let mut mes = Client::connect(&broker, "mes");
     mes.await_state("online");
     let ids: Vec<String> = (0..10).map(|n| format!("t-{n}")).collect();
     for id in &ids {
         mes.generate(id, 100);
     }
     let beside = Doctor::with(&agent.folder().join("agent.toml"));
-    beside.is_content().has("note", "agent", "it runs here");
+    beside
+        .is_content()
+        .has("note", "agent", "it runs here")
+        .has("ok", "memory", "the agent runs and is online");
     for id in &ids {
         assert_eq!(mes.outcome(id)["event"], "done");
     }
@@ -346,14 +367,21 @@ fn doctor_names_topics_that_the_broker_forbids() {
     };
     let inbound = format!("user gw\ntopic read {BASE}/task/+\ntopic read {BASE}/cancel/+\n");
     let said = format!(
-        "{inbound}topic write {BASE}/card\ntopic write {BASE}/health\ntopic write {BASE}/alarm/+\n"
+        "{inbound}topic write {BASE}/card\ntopic write {BASE}/health\ntopic write {BASE}/state\ntopic write {BASE}/result/#\n"
     );
-    with(&said).fails_by("topics", &format!("forbids publishing on {BASE}/state"));
-    let all = format!("{said}topic write {BASE}/state\ntopic write {BASE}/result/#\n");
-    let least = with(&all);
+    with(&said).fails_by(
+        "topics",
+        &format!("forbids publishing on {BASE}/alarm/doctor"),
+    );
+    let least = with(&format!("{said}topic write {BASE}/alarm/+\n"));
     least
         .is_content()
-        .has("ok", "topics", &format!("{BASE}/state"));
+        .has("ok", "topics", &format!("{BASE}/health"))
+        .has(
+            "note",
+            "topics",
+            &format!("whether {BASE}/state may be published"),
+        );
     // Nothing but a task would show it: what mosquitto grants it may still drop.
     least.has("note", "topics", "can't be told");
     with("user gw\ntopic write other/#\n").fails_by("topics", "result/doctor/check");
@@ -397,6 +425,47 @@ fn doctor_takes_no_task_of_a_pool() {
         assert_eq!(mes.outcome(id)["event"], "done");
     }
     checking.join().unwrap().is_content();
+}
+
+/// With the rights that deploy/mosquitto gives, and no more.
+#[test]
+fn doctor_is_content_with_a_pools_member_at_the_plants_broker() {
+    let plant = Plant::start("[plant]\nagents = ['gw-1']\n[plant.pools]\nline3 = ['gw-1']\n");
+    let setup = Setup {
+        pool: Some("line3".into()),
+        ..plant.setup("gw-1")
+    };
+    let mut agent = Agent::with(&plant.broker, &setup);
+    await_some("the agent is connected", || {
+        agent
+            .log()
+            .contains("connected to the broker")
+            .then_some(())
+    });
+    let doctor = || Doctor::with(&agent.folder().join("agent.toml"));
+    doctor()
+        .is_content()
+        .has("note", "topics", "$share/line3/")
+        .has("note", "memory", "can't be told");
+    agent.kill();
+    Doctor::with(&agent.folder().join("agent.toml")).is_content();
+}
+
+#[test]
+fn doctor_names_options_that_the_agent_refuses() {
+    let broker = Broker::start(Security::Passwords);
+    let own = Gateway::new();
+    init(&own.flags(&broker));
+    let text = own.written();
+    for (line, words) in [
+        ("kernel = 'nonsense'", "nonsense"),
+        ("kv_tokens = 0", "kv_tokens"),
+    ] {
+        let with = text.replace("[model]\n", &format!("[model]\n{line}\n"));
+        assert_ne!(with, text);
+        fs::write(own.file("agent.toml"), with).unwrap();
+        own.doctor().fails_by("memory", words);
+    }
 }
 
 #[test]
@@ -483,6 +552,18 @@ fn a_key_made_on_the_box_is_certified_and_renewed_without_losing_tasks() {
     ended
         .has("problem", "broker", "certificate expired")
         .fails_by("certificates", "ended on 20");
+    // As it is printed, to be typed where the CA's files are.
+    let command = shown.lines().find(|line| line.contains("openssl x509"));
+    let folder = broker.file("ca.pem").parent().unwrap().to_owned();
+    fs::copy(&csr, folder.join("client.csr")).unwrap();
+    let signed = Command::new("sh")
+        .args(["-ec", command.unwrap()])
+        .current_dir(&folder)
+        .output()
+        .unwrap();
+    assert!(signed.status.success(), "{}", said(&signed));
+    fs::copy(folder.join("client.pem"), &certificate).unwrap();
+    own.doctor().is_content().has("ok", "broker", "by TLS");
     sign(&broker, &csr, &certificate, 3600);
     own.doctor()
         .is_content()
@@ -501,18 +582,12 @@ fn a_key_made_on_the_box_is_certified_and_renewed_without_losing_tasks() {
         mes.generate(id, 100);
     }
     let config = agent.folder().join("agent.toml").display().to_string();
-    let (key, csr) = (key.display().to_string(), csr.display().to_string());
-    let renewed = millwright(
-        &[
-            vec!["enroll".into()],
-            flags_of(&[("--config", &config), ("--key", &key), ("--csr", &csr)]),
-        ]
-        .concat(),
-    );
+    // Key and certificate are the configuration's.
+    let renewed = millwright(&["enroll".into(), "--config".into(), config]);
     assert!(renewed.status.success(), "{}", said(&renewed));
     assert!(String::from_utf8_lossy(&renewed.stdout).contains("renews its certificate"));
     assert_eq!(fs::read_to_string(&key).unwrap(), secret);
-    sign(&broker, Path::new(&csr), &certificate, 30 * DAY);
+    sign(&broker, &csr, &certificate, 30 * DAY);
     let connections = || agent.log().matches("connected to the broker").count();
     await_some("another connection", || (connections() == 2).then_some(()));
     for id in &ids {

@@ -7,13 +7,25 @@ use rustls::{ClientConnection, Stream};
 use std::io::Write;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+/// For all of it, and as much for each of its waits.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// From when until when the broker's certificate is good, where there is TLS and the certificate is one that we take. Blocks
-/// for some seconds at most at each address of the host.
+/// for some seconds at most: a resolver or a broker that takes longer is left to itself.
 pub fn certificate(settings: &Settings) -> Option<(Duration, Duration)> {
+    let settings = settings.clone();
+    let (say, said) = sync_channel(1);
+    std::thread::spawn(move || {
+        // Nobody waits any more where it fails.
+        let _ = say.send(look(&settings));
+    });
+    said.recv_timeout(PATIENCE).ok()?
+}
+
+fn look(settings: &Settings) -> Option<(Duration, Duration)> {
     let config = Arc::clone(&settings.access.next().tls.as_ref()?.config);
     let name = ServerName::try_from(settings.host.clone()).ok()?;
     let mut addresses = (settings.host.as_str(), settings.port)

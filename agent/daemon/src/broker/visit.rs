@@ -106,16 +106,12 @@ impl Visit {
 
     /// Publishes, not retained, and waits for the broker's word on it. It goes out of date within a second.
     pub async fn publish(&mut self, topic: &str, payload: &[u8]) -> Result<Taken, Lost> {
-        let properties = PublishProperties {
-            message_expiry_interval: Some(1),
-            ..PublishProperties::default()
-        };
         let sent = self.client.try_publish_with_properties(
             topic,
             QoS::AtLeastOnce,
             false,
             payload.to_vec(),
-            properties,
+            short_lived(),
         );
         if sent.is_err() {
             return Ok(Taken::Refused(PubAckReason::TopicNameInvalid));
@@ -132,11 +128,16 @@ impl Visit {
         }
     }
 
-    /// Publishes by QoS 0, which no session of a client that is away keeps. False when there is no room for it.
+    /// Publishes by QoS 0, for as short a time: not every broker keeps it from the session of a client that is away. False
+    /// when there is no room for it.
     pub fn whisper(&self, topic: &str, payload: &[u8]) -> bool {
-        let sent = self
-            .client
-            .try_publish(topic, QoS::AtMostOnce, false, payload.to_vec());
+        let sent = self.client.try_publish_with_properties(
+            topic,
+            QoS::AtMostOnce,
+            false,
+            payload.to_vec(),
+            short_lived(),
+        );
         sent.is_ok()
     }
 
@@ -200,5 +201,13 @@ impl Visit {
 
     fn place(&self) -> String {
         format!("{}:{}", self.settings.host, self.settings.port)
+    }
+}
+
+/// Good for a second.
+fn short_lived() -> PublishProperties {
+    PublishProperties {
+        message_expiry_interval: Some(1),
+        ..PublishProperties::default()
     }
 }

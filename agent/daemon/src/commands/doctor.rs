@@ -14,7 +14,10 @@ use super::credentials;
 use crate::broker::Visit;
 use crate::config::Config;
 use anyhow::{Context, Result};
+use machine::Agent;
 use report::{Finding, Report};
+use serde_json::Value;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Where the configuration is unless somebody says otherwise.
@@ -57,22 +60,19 @@ fn examine(path: &Path, offline: bool, report: &mut Report) {
             ));
             report.extend(note);
             let agent = machine::agent(&config.model.state_dir);
-            if let Some(pid) = agent {
-                report.add(Finding::note(
-                    "agent",
-                    format!("it runs here, as process {pid}"),
-                ));
-            }
+            report.extend(running(agent, &config.model.state_dir));
+            report.extend(stale());
             report.extend(secrets::check(path, &config));
             report.extend(service::check(path, &config));
             report.extend(certificates::own(&config.broker));
-            if offline {
+            let state = if offline {
                 report.add(Finding::note("broker", "not asked (--offline)"));
+                None
             } else {
-                broker(&config, agent.is_some(), report);
-            }
+                broker(&config, agent, report)
+            };
             if model::check(&config.model, report) {
-                report.extend(model::memory(&config.model, agent.is_some()));
+                report.add(model::memory(&config.model, agent, state.as_ref()));
             }
             report.extend(machine::sensors(
                 &config.model.state_dir,
@@ -83,17 +83,20 @@ fn examine(path: &Path, offline: bool, report: &mut Report) {
             report.extend(disk::check(&config.model.state_dir));
         }
         Err(e) => {
-            let advice = if path.exists() {
-                "set that right; the rest is looked at then"
-            } else {
-                "millwright init writes one"
+            let kind = e
+                .chain()
+                .find_map(|cause| Some(cause.downcast_ref::<std::io::Error>()?.kind()));
+            let advice = match (kind, path.try_exists()) {
+                (Some(ErrorKind::PermissionDenied), _) => "run this as root",
+                (_, Ok(false)) => "millwright init writes one",
+                _ => "set that right; the rest is looked at then",
             };
             report.add(Finding::problem("configuration", format!("{e:#}"), advice));
         }
     }
 }
 
-/// The configuration, with the unit's secrets where root keeps them as long as the unit doesn't run.
+/// The configuration, with the unit's secrets where root keeps them as long as the unit doesn't have them.
 fn read(path: &Path) -> Result<(Config, Option<Finding>)> {
     let place = path.display();
     let unread = || format!("the configuration {place} can't be read");
@@ -108,53 +111,94 @@ fn read(path: &Path) -> Result<(Config, Option<Finding>)> {
         Config::parse(&text).with_context(|| format!("the configuration {place} can't be used"))?;
     let note = is_replaced.then(|| {
         let (passed, kept) = (credentials::PASSED, credentials::KEPT);
-        Finding::note(
-            "credentials",
-            format!(
-                "the unit doesn't run, so {passed} isn't there; its files are taken from {kept}"
-            ),
-        )
+        let says =
+            format!("{kept} is looked at for {passed}, as the unit is given it when it starts");
+        Finding::note("credentials", says)
     });
     Ok((config, note))
 }
 
-fn broker(config: &Config, is_running: bool, report: &mut Report) {
+fn running(agent: Agent, state_dir: &Path) -> Option<Finding> {
+    match agent {
+        Agent::Runs(pid) => Some(Finding::note(
+            "agent",
+            format!("it runs here, as process {pid}"),
+        )),
+        Agent::Absent => None,
+        Agent::Unknown => Some(
+            Finding::note(
+                "agent",
+                format!(
+                    "whether it runs here can't be told from {}",
+                    state_dir.display()
+                ),
+            )
+            .advising("run this as root, if you don't"),
+        ),
+    }
+}
+
+/// What root changed since the unit was started.
+fn stale() -> impl Iterator<Item = Finding> {
+    let changed = credentials::changed().into_iter();
+    changed.map(|name| {
+        let (passed, kept) = (credentials::PASSED, credentials::KEPT);
+        Finding::warning(
+            "credentials",
+            format!("{kept}/{name} is another than the running unit was given ({passed}/{name})"),
+            "systemctl restart millwright",
+        )
+    })
+}
+
+/// The state that is retained there, if it can be read.
+fn broker(config: &Config, agent: Agent, report: &mut Report) -> Option<Value> {
     let place = format!("{}:{}", config.broker.host, config.broker.port);
     report.busy(&format!("connecting to {place}"));
     report.extend(certificates::brokers(&config.broker));
     let runtime = match super::runtime() {
         Ok(runtime) => runtime,
         Err(e) => {
-            return report.add(Finding::problem(
+            report.add(Finding::problem(
                 "broker",
                 format!("{e:#}"),
                 "free some memory",
             ));
+            return None;
         }
     };
-    runtime.block_on(async {
+    let state = runtime.block_on(async {
         let (mut visit, greeting) = match Visit::begin(&config.broker, "doctor").await {
             Ok(visit) => visit,
             Err(lost) => {
                 let advice = "until then the agent tries again and again, and takes no tasks";
-                return report.add(Finding::problem("broker", lost.reason, advice));
+                report.add(Finding::problem("broker", lost.reason, advice));
+                return None;
             }
         };
-        let user = config.broker.access.user().map_or_else(|| "without a user".to_owned(), |user| format!("as {user}"));
-        let tls = if config.broker.access.has_tls() { "by TLS" } else { "in the clear" };
-        report.add(Finding::ok("broker", format!("{place} takes us {user}, {tls}")));
+        let user = config
+            .broker
+            .access
+            .user()
+            .map_or_else(|| "without a user".to_owned(), |user| format!("as {user}"));
+        let tls = if config.broker.access.has_tls() {
+            "by TLS"
+        } else {
+            "in the clear"
+        };
+        report.add(Finding::ok(
+            "broker",
+            format!("{place} takes us {user}, {tls}"),
+        ));
         report.extend(topics::limits(&greeting, config));
         report.busy("trying the rights on each topic");
-        match topics::rights(&mut visit, config, is_running).await {
-            Ok(findings) => report.extend(findings),
-            Err(lost) => report.add(Finding::problem(
-                "topics",
-                format!("{} (while the rights on topics were tried)", lost.reason),
-                "look into the broker's log; where it says that a client took over another, it makes client ids of user names: switch that off",
-            )),
-        }
+        let is_absent = agent == Agent::Absent;
+        let (findings, state) = topics::rights(&mut visit, config, is_absent).await;
+        report.extend(findings);
         visit.end().await;
+        state
     });
     // A name that is being resolved must not hold the end up.
     runtime.shutdown_background();
+    state
 }

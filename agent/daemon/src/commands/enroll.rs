@@ -2,7 +2,6 @@
 
 use super::init::text::plain;
 use super::{credentials, doctor, files};
-use crate::config::Config;
 use anyhow::{Context, Result, bail, ensure};
 use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose,
@@ -20,65 +19,83 @@ pub struct Args {
     /// gateway.name]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Where the name is taken from
+    /// Where name, key and certificate are taken from
     #[arg(long, value_name = "FILE", default_value = doctor::CONFIG)]
     config: PathBuf,
     /// The key; made where there is none, mode 0600, and never replaced: with one that is there the certificate is renewed
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/etc/millwright/credentials/client.key"
-    )]
-    key: PathBuf,
-    /// Where the request goes; `-` prints it
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/etc/millwright/tls/client.csr"
-    )]
-    csr: PathBuf,
+    /// [default: the configuration's broker.tls.key, else /etc/millwright/credentials/client.key]
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Where the request goes; `-` prints it [default: beside the configuration's broker.tls.cert, else
+    /// /etc/millwright/tls/client.csr]
+    #[arg(long, value_name = "FILE")]
+    csr: Option<PathBuf>,
 }
 
+const KEY: &str = "/etc/millwright/credentials/client.key";
+const CERTIFICATE: &str = "/etc/millwright/tls/client.pem";
+
 pub(super) fn run(args: &Args) -> Result<()> {
-    let name = match &args.name {
-        Some(name) => name.clone(),
-        None => named(&args.config).context("say whom the certificate shall name: --name NAME")?,
+    let known = match named(&args.config) {
+        Ok(known) => known,
+        // Before there is a configuration, everything may be said by flags.
+        Err(_) if args.name.is_some() && !args.config.exists() => Named::default(),
+        Err(e) if args.name.is_none() => {
+            return Err(e.context("say whom the certificate shall name: --name NAME"));
+        }
+        Err(e) => return Err(e),
     };
-    let request = request(&name, &args.key)?;
-    if args.csr == Path::new("-") {
+    let name = args.name.clone().or(known.name);
+    let name = name.context("the configuration names no gateway: --name NAME")?;
+    let key = args.key.clone().or(known.key).unwrap_or_else(|| KEY.into());
+    let (csr, certificate) = match (&args.csr, known.certificate) {
+        (Some(csr), Some(certificate)) => (csr.clone(), certificate),
+        (Some(csr), None) => (csr.clone(), csr.with_extension("pem")),
+        (None, certificate) => {
+            let certificate = certificate.unwrap_or_else(|| CERTIFICATE.into());
+            (certificate.with_extension("csr"), certificate)
+        }
+    };
+    let request = request(&name, &key)?;
+    if csr == Path::new("-") {
         print!("{}", request.pem);
         return Ok(());
     }
-    write(&args.csr, &request)?;
+    write(&csr, &request)?;
     print!(
         "{}",
-        advice(
-            &name,
-            &args.key,
-            &args.csr,
-            &args.csr.with_extension("pem"),
-            request.is_new
-        )
+        advice(&name, &key, &csr, &certificate, request.is_new)
     );
+    print!("{}", after(&args.config, request.is_new));
     Ok(())
 }
 
-/// What the configuration calls this gateway. The certificate may be missing yet, so only its names are looked at.
-fn named(config: &Path) -> Result<String> {
+/// What the configuration says of this gateway.
+#[derive(Debug, Default, PartialEq)]
+struct Named {
+    name: Option<String>,
+    key: Option<PathBuf>,
+    certificate: Option<PathBuf>,
+}
+
+/// Looks at these entries alone, for the certificate may be missing yet. The key is where it can be read now, or root keeps it.
+fn named(config: &Path) -> Result<Named> {
     let place = config.display();
     let text = std::fs::read_to_string(config)
         .with_context(|| format!("the configuration {place} can't be read"))?;
-    let (text, _) = credentials::readable(&text);
-    if let Ok(config) = Config::parse(&text) {
-        let user = config.broker.access.user();
-        return Ok(user.unwrap_or(&config.gateway.name).to_owned());
-    }
     let table: toml::Table = toml::from_str(&text)
         .map_err(|_| anyhow::anyhow!("the configuration {place} can't be used"))?;
-    let of = |section: &str, key: &str| table.get(section)?.get(key)?.as_str().map(str::to_owned);
-    of("broker", "user")
-        .or_else(|| of("gateway", "name"))
-        .with_context(|| format!("{place} names no gateway"))
+    let of = |section: &str, key: &str| Some(table.get(section)?.get(key)?.as_str()?.to_owned());
+    let tls = |key: &str| {
+        Some(PathBuf::from(
+            table.get("broker")?.get("tls")?.get(key)?.as_str()?,
+        ))
+    };
+    Ok(Named {
+        name: of("broker", "user").or_else(|| of("gateway", "name")),
+        key: tls("key").map(|key| credentials::kept(&key)),
+        certificate: tls("cert"),
+    })
 }
 
 /// What is to be signed.
@@ -159,10 +176,22 @@ pub(super) fn advice(
         "The key {key} {made}. It stays on this box.\n\
          The request for a certificate that names {name} is in {csr}. Now\n\
          1. have the plant's CA sign it. Where that is openssl with the CA's files:\n   \
-            openssl x509 -req -in client.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 90 -out client.pem\n\
-         2. put the certificate, and behind it those between it and the root, in {certificate}: an agent that runs takes it up\n   \
-            by itself\n\
-         3. millwright doctor\n"
+            openssl x509 -req -in client.csr -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copyall -days 90 -out client.pem\n   \
+            (openssl 3; it copies what the request says of its use, clientAuth, without which agent and brokers refuse it)\n\
+         2. put the certificate, and behind it those between it and the root, in {certificate}\n"
+    )
+}
+
+/// What to do once the certificate is there.
+pub(super) fn after(config: &Path, is_new: bool) -> String {
+    let runs = if is_new {
+        "an agent that runs needs a restart for a new key: systemctl restart millwright"
+    } else {
+        "an agent that runs takes the certificate up by itself"
+    };
+    format!(
+        "3. {runs}\n4. millwright doctor --config {}\n",
+        config.display()
     )
 }
 
@@ -217,9 +246,22 @@ mod tests {
         let path = dir.path().join("agent.toml");
         let text = "[gateway]\nsite = 's'\nname = 'gw-07'\n[broker]\nhost = 'b'\n[broker.tls]\nca = '/none'\n[model]\nbundle = 'm'\nstate_dir = 's'\n";
         fs::write(&path, text).unwrap();
-        assert_eq!(named(&path).unwrap(), "gw-07");
-        fs::write(&path, text.replace("host = 'b'", "host = 'b'\nuser = 'u'")).unwrap();
-        assert_eq!(named(&path).unwrap(), "u");
+        let known = named(&path).unwrap();
+        assert_eq!(
+            (known.name.as_deref(), known.key, known.certificate),
+            (Some("gw-07"), None, None)
+        );
+        let tls = "ca = '/none'\ncert = '/x/own.pem'\nkey = '/run/credentials/millwright.service/client.key'";
+        let more = text
+            .replace("host = 'b'", "host = 'b'\nuser = 'u'")
+            .replace("ca = '/none'", tls);
+        fs::write(&path, more).unwrap();
+        let expected = Named {
+            name: Some("u".into()),
+            key: Some(KEY.into()),
+            certificate: Some("/x/own.pem".into()),
+        };
+        assert_eq!(named(&path).unwrap(), expected);
         fs::write(&path, "x").unwrap();
         assert!(named(&path).is_err() && named(dir.path()).is_err());
     }

@@ -1,6 +1,7 @@
 //! Files that are there as a whole or not at all, with the rights that they shall have.
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::Access;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -48,6 +49,23 @@ pub(super) fn folder_of(path: &Path, mode: u32) -> Result<()> {
     let make = || format!("the folder {} can't be made", folder.display());
     fs::create_dir_all(folder).with_context(make)?;
     fs::set_permissions(folder, fs::Permissions::from_mode(mode)).with_context(make)
+}
+
+/// Whether a file can be written, before anybody is asked what shall be in it.
+pub(super) fn writable(path: &Path) -> Result<()> {
+    let path =
+        std::path::absolute(path).with_context(|| format!("{} names no file", path.display()))?;
+    // Folders that are missing will be made.
+    let Some(folder) = path.ancestors().skip(1).find(|dir| dir.is_dir()) else {
+        bail!(
+            "{} can't be written: its folder can't be looked at",
+            path.display()
+        );
+    };
+    let rights = Access::WRITE_OK | Access::EXEC_OK;
+    rustix::fs::access(folder, rights).with_context(|| {
+        format!("{} can't be written, for its folder {} can't be: run this as root, or name another by --config", path.display(), folder.display())
+    })
 }
 
 /// The number of a group of this machine.

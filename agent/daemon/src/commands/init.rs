@@ -5,7 +5,7 @@ mod broker;
 mod questions;
 pub(super) mod text;
 
-use super::{doctor, enroll, files};
+use super::{credentials, doctor, enroll, files};
 use crate::broker::Visit;
 use crate::config::Config;
 use anyhow::{Context, Result, ensure};
@@ -21,6 +21,8 @@ use text::{entry, filled, path_entry};
 /// Where the package has models and state.
 const MODELS: &str = "/var/lib/millwright/models";
 const STATE: &str = "/var/lib/millwright/state";
+/// Starts the agent where there is no systemd.
+const INIT_SCRIPT: &str = "/etc/init.d/millwright";
 /// The service's group, which may read the configuration.
 const GROUP: &str = "millwright";
 
@@ -65,7 +67,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Answers")]
     key: Option<String>,
     /// Allow a broker on another machine without TLS: passwords and prompts cross the network in the clear
-    #[arg(long, help_heading = "Answers", conflicts_with = "ca")]
+    #[arg(long, help_heading = "Answers", conflicts_with_all = ["ca", "enroll_csr"])]
     plaintext: bool,
     /// The broker user
     #[arg(long, value_name = "NAME", help_heading = "Answers")]
@@ -87,6 +89,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         args.force || !args.config.exists(),
         "{place} is there already: look at it with `millwright doctor --config {place}`, or replace it with --force"
     );
+    files::writable(&args.config)?;
+    let is_replaced = args.config.exists();
     let is_asking = !args.yes && stdin().is_terminal() && stderr().is_terminal();
     let mut questions = Questions::new(stdin().lock(), stderr(), is_asking);
     questions.say("What is in [brackets] is taken where nothing is typed.\n")?;
@@ -104,17 +108,29 @@ pub(super) fn run(args: &Args) -> Result<()> {
         args.force,
     )?;
     println!("{place} is written; it explains every key.\n");
+    let start = start(&args.config, is_replaced);
     if let Some(advice) = requested {
-        print!("{advice}");
+        print!("{advice}4. millwright doctor --config {place}\n5. start it: {start}\n");
         return Ok(());
     }
     doctor::after(&args.config, args.offline)?;
-    if args.config == Path::new(doctor::CONFIG) && Path::new("/run/systemd/system").is_dir() {
-        println!("\nStart it: systemctl enable --now millwright");
-    } else {
-        println!("\nStart it: millwright agent --config {place}");
-    }
+    println!("\nStart it: {start}");
     Ok(())
+}
+
+/// How the agent is started with a configuration; where that replaced another, an agent may run with the old one.
+fn start(config: &Path, is_replaced: bool) -> String {
+    let has = |path: &str| Path::new(path).exists();
+    let is_units = credentials::is_the_units(config);
+    match (is_units, is_replaced) {
+        (true, false) if has("/run/systemd/system") => "systemctl enable --now millwright".into(),
+        (true, true) if has("/run/systemd/system") => {
+            "systemctl enable millwright && systemctl restart millwright".into()
+        }
+        (true, false) if has(INIT_SCRIPT) => format!("{INIT_SCRIPT} start"),
+        (true, true) if has(INIT_SCRIPT) => format!("{INIT_SCRIPT} restart"),
+        _ => format!("millwright agent --config {}", config.display()),
+    }
 }
 
 /// Everything that is asked.
@@ -160,6 +176,7 @@ impl Answers {
             password: args.password_file.clone(),
             enrolls: args.enroll_csr,
             folder: args.config.parent().map(Path::to_owned).unwrap_or_default(),
+            is_units: credentials::is_the_units(&args.config),
             is_offered: false,
         };
         let broker = Broker::ask(&given, questions)?;
@@ -235,13 +252,22 @@ impl Answers {
             .as_ref()
             .and_then(|tls| tls.cert.as_ref().zip(tls.key.as_ref()));
         let (cert, key) = tls.context("--enroll-csr needs TLS: --ca FILE")?;
+        let ca = self
+            .broker
+            .tls
+            .as_ref()
+            .map(|tls| tls.ca.display().to_string());
         // Before anything is made: the rest must be right.
         Config::parse(&self.text(false)?)?;
         let name = self.broker.user.as_deref().unwrap_or(&self.name);
         let request = enroll::request(name, key)?;
         let csr = cert.with_extension("csr");
         enroll::write(&csr, &request)?;
-        Ok(enroll::advice(name, key, &csr, cert, request.is_new))
+        let advice = enroll::advice(name, key, &csr, cert, request.is_new);
+        let ca = ca.unwrap_or_default();
+        Ok(format!(
+            "{advice}3. the broker's CA must be in {ca}, if it isn't yet\n"
+        ))
     }
 }
 

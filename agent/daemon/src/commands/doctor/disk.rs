@@ -190,7 +190,7 @@ fn device_kind(device: &Path) -> Finding {
             .trim()
             .to_owned()
     };
-    let writes = "the journal writes some 84 KB for each task that comes alone and 12 KB in an idle minute (tests/cost)";
+    let writes = "the journal writes some 84 KB for each task that comes alone, and 0.6 MB in an idle day (tests/cost)";
     if name.starts_with("mmcblk") {
         let is_card = says("device/type") == "SD";
         // In tenths of its life, 1 to 11; two kinds of cells.

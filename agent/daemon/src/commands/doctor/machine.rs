@@ -4,7 +4,8 @@ use super::report::Finding;
 use crate::clock::{Clock, Trust};
 use crate::probe::Probe;
 use millwright_task::calendar;
-use std::fs;
+use std::fs::{self, Metadata};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -64,23 +65,47 @@ pub(super) fn clock(trust: Trust) -> Finding {
     }
 }
 
-/// The process that holds the journal, as far as the kernel shows it: the file itself is not opened.
-pub(super) fn agent(state_dir: &Path) -> Option<u32> {
-    holder(
-        &fs::read_to_string("/proc/locks").unwrap_or_default(),
-        &state_dir.join("journal.redb"),
-    )
+/// Whether an agent runs on this machine with this state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Agent {
+    /// As this process.
+    Runs(u32),
+    Absent,
+    /// The journal, or who holds it, can't be seen.
+    Unknown,
 }
 
-fn holder(locks: &str, file: &Path) -> Option<u32> {
-    let data = file.metadata().ok()?;
-    let (major, minor) = (rustix::fs::major(data.dev()), rustix::fs::minor(data.dev()));
-    let wanted = format!("{major:02x}:{minor:02x}:{}", data.ino());
-    locks.lines().find_map(|line| {
+/// The process that holds the journal, as far as the kernel shows it: the file itself is not opened.
+pub(super) fn agent(state_dir: &Path) -> Agent {
+    match state_dir.join("journal.redb").metadata() {
+        Ok(data) => {
+            fs::read_to_string("/proc/locks").map_or(Agent::Unknown, |locks| holder(&locks, &data))
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => Agent::Absent,
+        Err(_) => Agent::Unknown,
+    }
+}
+
+fn holder(locks: &str, file: &Metadata) -> Agent {
+    let (major, minor) = (rustix::fs::major(file.dev()), rustix::fs::minor(file.dev()));
+    let (device, inode) = (format!("{major:02x}:{minor:02x}"), file.ino().to_string());
+    let mut found = Agent::Absent;
+    for line in locks.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let at = words.iter().position(|word| *word == wanted)?;
-        words.get(at.checked_sub(1)?)?.parse().ok()
-    })
+        let mut pairs = words.windows(2);
+        let Some((pid, on)) = pairs.find_map(|pair| {
+            let (on, number) = pair[1].rsplit_once(':')?;
+            (on.contains(':') && number == inode).then_some((pair[0], on))
+        }) else {
+            continue;
+        };
+        found = match pid.parse().ok() {
+            Some(pid) if on == device => return Agent::Runs(pid),
+            // A file system that spans devices, as btrfs does, shows the file under another number than the lock.
+            _ => Agent::Unknown,
+        };
+    }
+    found
 }
 
 #[cfg(test)]
@@ -91,13 +116,19 @@ mod tests {
     #[test]
     fn who_holds_the_journal_is_read_off_the_kernels_locks() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(agent(dir.path()), None);
+        assert_eq!(agent(dir.path()), Agent::Absent);
         let path = dir.path().join("journal.redb");
         let file = File::create(&path).unwrap();
-        assert_eq!(agent(dir.path()), None);
+        assert_eq!(agent(dir.path()), Agent::Absent);
         file.lock().unwrap();
-        assert_eq!(agent(dir.path()), Some(std::process::id()));
+        assert_eq!(agent(dir.path()), Agent::Runs(std::process::id()));
         drop(file);
-        assert_eq!(holder("nonsense\n1: FLOCK\n", &path), None);
+        let data = path.metadata().unwrap();
+        let of = |locks: &str| holder(locks, &data);
+        assert_eq!(of("nonsense\n1: FLOCK\n"), Agent::Absent);
+        let elsewhere = format!("1: FLOCK  ADVISORY  WRITE 7 fe:ee:{} 0 EOF\n", data.ino());
+        assert_eq!(of(&elsewhere), Agent::Unknown);
+        // Below a file there is nothing, and that is another error than absence.
+        assert_eq!(agent(&path), Agent::Unknown);
     }
 }

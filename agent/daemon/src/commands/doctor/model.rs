@@ -1,10 +1,12 @@
 //! The model: that it is whole, byte by byte, and that it has room.
 
+use super::machine::Agent;
 use super::report::{Finding, Report};
 use crate::commands::agent::fit_of;
 use crate::config;
 use millwright_engine::bundle::{Bundle, MANIFEST};
 use millwright_engine::inspect;
+use serde_json::Value;
 
 const CHECK: &str = "model";
 
@@ -51,13 +53,14 @@ pub(super) fn check(model: &config::Model, report: &mut Report) -> bool {
             ),
         ));
     } else {
-        report.add(
-            Finding::note(
-                CHECK,
-                format!("{place} is an exporter's folder, which has no checksums"),
-            )
-            .advising("make a bundle of it: millwright model import"),
-        );
+        let note = if bundle.dir().join(MANIFEST).exists() {
+            let says = format!("{place} is a bundle, but model.file passes its checksums over");
+            Finding::note(CHECK, says).advising("leave model.file out")
+        } else {
+            let says = format!("{place} is an exporter's folder, which has no checksums");
+            Finding::note(CHECK, says).advising("make a bundle of it: millwright model import")
+        };
+        report.add(note);
     }
     report.busy("importing the model");
     match inspect(&model.bundle, model.file.as_deref()) {
@@ -73,16 +76,22 @@ pub(super) fn check(model: &config::Model, report: &mut Report) -> bool {
     }
 }
 
-/// Whether the model has room. `is_running`: the agent, and its model, are part of what is taken.
-pub(super) fn memory(model: &config::Model, is_running: bool) -> Option<Finding> {
+/// Whether the model has room; where the agent runs, and its model is part of what is taken, whether it has one by the state
+/// that it says.
+pub(super) fn memory(model: &config::Model, agent: Agent, state: Option<&Value>) -> Finding {
     const CHECK: &str = "memory";
-    // What is wrong with the model was said.
-    let fit = fit_of(model).ok()?;
+    let fit = match fit_of(model) {
+        Ok(fit) => fit,
+        Err(e) => {
+            let advice = "set it right in [model]; until then the agent does not start";
+            return Finding::problem(CHECK, e.to_string(), advice);
+        }
+    };
     let says = format!("the model takes {}", fit.needs);
-    if is_running {
-        return Some(Finding::ok(CHECK, format!("the agent runs; {says}")));
+    if let Agent::Runs(_) = agent {
+        return running(CHECK, &says, state);
     }
-    Some(match (fit.judge(), fit.room) {
+    match (fit.judge(), fit.room) {
         (Err(misfit), _) => Finding::problem(
             CHECK,
             misfit.to_string(),
@@ -105,5 +114,48 @@ pub(super) fn memory(model: &config::Model, is_running: bool) -> Option<Finding>
                 Finding::ok(CHECK, says)
             }
         }
-    })
+    }
+}
+
+/// A running agent may have no model: then its state is degraded.
+fn running(check: &'static str, says: &str, state: Option<&Value>) -> Finding {
+    let text = |key: &str| state.and_then(|state| state[key].as_str());
+    match text("state") {
+        Some("degraded") => Finding::problem(
+            check,
+            format!(
+                "the agent runs and says it is degraded: {}",
+                text("reason").unwrap_or("no reason given")
+            ),
+            "see to that; it takes tasks again by itself",
+        ),
+        Some(state @ ("online" | "draining")) => {
+            Finding::ok(check, format!("the agent runs and is {state}; {says}"))
+        }
+        _ => Finding::note(
+            check,
+            format!("the agent runs, but whether it has loaded the model can't be told; {says}"),
+        )
+        .advising("look at its state at the broker, or at its log"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::Level;
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_running_agent_is_judged_by_its_state() {
+        let of = |state: Value| running("memory", "", Some(&state));
+        let degraded = of(json!({"state": "degraded", "reason": "no room"}));
+        assert_eq!(degraded.level, Level::Problem);
+        assert!(degraded.says.contains("no room"), "{degraded:?}");
+        assert_eq!(of(json!({"state": "online"})).level, Level::Ok);
+        for odd in [json!({"state": "offline"}), json!({"state": 1}), json!([])] {
+            assert_eq!(of(odd).level, Level::Note);
+        }
+        assert_eq!(running("memory", "", None).level, Level::Note);
+    }
 }

@@ -100,7 +100,7 @@ impl Report {
         self.clear();
         if !self.json {
             let colour = stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            println!("{}", line(&finding, colour));
+            print(&line(&finding, colour));
         }
         self.findings.push(finding);
     }
@@ -136,13 +136,13 @@ impl Report {
             let all = json!({
                 "ok": problems == 0, "problems": problems, "warnings": warnings, "findings": self.findings,
             });
-            println!("{all}");
+            print(&all.to_string());
         } else if problems == 0 {
             let warnings = match warnings {
                 0 => "nothing to warn of".to_owned(),
                 n => counted(n, "warning"),
             };
-            println!("no problem, {warnings}");
+            print(&format!("no problem, {warnings}"));
         }
         if problems > 0 {
             let (is, them) = if problems == 1 {
@@ -157,6 +157,11 @@ impl Report {
         }
         Ok(())
     }
+}
+
+/// Who reads it may have seen enough and left; the exit code still counts.
+fn print(text: &str) {
+    let _ = writeln!(stdout(), "{text}");
 }
 
 fn counted(n: usize, what: &str) -> String {

@@ -1,6 +1,7 @@
 //! Files whose rights matter: the configuration, which says what the agent does, and the secrets that it names.
 
 use super::report::Finding;
+use crate::commands::credentials::KEPT;
 use crate::config::Config;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -49,7 +50,8 @@ fn secret(path: &Path) -> Finding {
                 data.mode() & 0o7777
             ),
             format!(
-                "chmod 600 {place}, and replace the secret if others have been on this machine"
+                "let the agent's user own it (the service's is millwright; below {KEPT} root), chmod 600 {place}, and replace \
+                 the secret if others have been on this machine"
             ),
         );
     }
@@ -61,7 +63,7 @@ fn secret(path: &Path) -> Finding {
                 data.mode() & 0o7777
             ),
         )
-        .advising("fine if that is the agent's own group; else chmod 600");
+        .advising("fine if that is the agent's own group; else let the agent's user own it, and chmod 600");
     }
     Finding::ok(CHECK, format!("{place} is for its owner alone"))
 }

@@ -2,6 +2,7 @@
 //! system are not looked at.
 
 use super::report::Finding;
+use crate::commands::credentials::{self, PASSED};
 use crate::config::Config;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,51 +12,83 @@ const CHECK: &str = "service";
 /// The service's user, and the only tree that its unit lets it write to.
 const USER: &str = "millwright";
 const WRITABLE: &str = "/var/lib/millwright";
-/// What its unit hides from it.
-const HIDDEN: [&str; 3] = ["/home", "/root", "/run/user"];
+/// What its unit hides from it: ProtectHome= and PrivateTmp=.
+const HIDDEN: [&str; 5] = ["/home", "/root", "/run/user", "/tmp", "/var/tmp"];
+
+/// A file or folder that the service must reach.
+struct Need {
+    path: PathBuf,
+    /// Where it is if all is as usual.
+    home: String,
+    /// Nobody else may read it, so rights are not widened for it.
+    is_secret: bool,
+}
+
+impl Need {
+    fn new(path: &Path, home: impl Into<String>) -> Self {
+        Self {
+            path: path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+            home: home.into(),
+            is_secret: false,
+        }
+    }
+
+    fn secret(path: &Path, is_key: bool) -> Self {
+        Self {
+            is_secret: true,
+            ..Self::new(path, credentials::place(is_key))
+        }
+    }
+
+    fn is_hidden(&self, hidden: &[&str]) -> bool {
+        hidden.iter().any(|tree| self.path.starts_with(tree))
+    }
+
+    /// What keeps the service from it.
+    fn trouble(&self, user: User, hidden: &[&str]) -> Option<Finding> {
+        let home = &self.home;
+        if self.is_hidden(hidden) {
+            let says = format!("the unit hides {} from the service", self.path.display());
+            return Some(Finding::problem(CHECK, says, format!("put it in {home}")));
+        }
+        let blocked = user.unreadable(&self.path)?;
+        let place = blocked.display();
+        let advice = if self.is_secret {
+            let file = self.path.display();
+            format!(
+                "move it to {home}, for root alone, and have millwright init name it (or chown {USER} {file})"
+            )
+        } else {
+            format!("chgrp {USER} {place} and chmod g+rX {place}, or chmod a+rX {place}")
+        };
+        let says = format!("the user {USER} can't read {place}");
+        Some(Finding::problem(CHECK, says, advice))
+    }
+}
 
 /// What the service's user can't reach; for the service's own configuration alone.
 pub(super) fn check(path: &Path, config: &Config) -> Vec<Finding> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let Some(user) = user(&passwd).filter(|_| path == Path::new(super::CONFIG)) else {
+    let Some(user) = user(&passwd).filter(|_| credentials::is_the_units(path)) else {
         return Vec::new();
     };
-    let tls = config.broker.access.files().tls.as_ref();
-    let ours = [path.to_owned(), config.model.bundle.clone()];
-    let ours = ours.into_iter().chain(files_in(&config.model.bundle));
-    let certificates = tls
-        .into_iter()
-        .flat_map(|tls| [Some(tls.ca.clone()), tls.cert.clone()]);
-    let read = ours.chain(certificates.flatten());
-    let blocked = read.filter_map(|path| user.unreadable(&path));
-    let mut all: Vec<Finding> = blocked
-        .map(|path| {
-            let place = path.display();
-            let advice =
-                format!("chgrp {USER} {place} and chmod g+rX {place}, or chmod a+rX {place}");
-            Finding::problem(CHECK, format!("the user {USER} can't read {place}"), advice)
-        })
+    let mut all: Vec<Finding> = needs(path, config)
+        .iter()
+        .filter_map(|need| need.trouble(user, &HIDDEN))
         .collect();
-    let hidden = [&config.model.bundle, &config.model.state_dir];
-    for path in hidden
-        .into_iter()
-        .filter(|path| HIDDEN.iter().any(|tree| path.starts_with(tree)))
-    {
-        all.push(Finding::problem(
-            CHECK,
-            format!("the unit hides {} from the service", path.display()),
-            format!("put it below {WRITABLE}"),
-        ));
-    }
+    all.extend(strays(config));
     let state_dir = &config.model.state_dir;
-    if !state_dir.starts_with(WRITABLE) {
-        all.push(Finding::problem(
+    let state = Need::new(state_dir, WRITABLE);
+    if state.is_hidden(&HIDDEN) {
+        all.extend(state.trouble(user, &HIDDEN));
+    } else if !state_dir.starts_with(WRITABLE) {
+        all.push(Finding::warning(
             CHECK,
             format!(
-                "the unit lets the service write below {WRITABLE} alone, and model.state_dir is {}",
+                "the unit as shipped lets the service write below {WRITABLE} alone, and model.state_dir is {}",
                 state_dir.display()
             ),
-            format!("take {WRITABLE}/state, or widen ReadWritePaths= (systemctl edit {USER})"),
+            format!("take {WRITABLE}/state, or see that ReadWritePaths= has it (systemctl edit {USER})"),
         ));
     } else if state_dir.is_dir() && !user.may(state_dir, 0o7) {
         let place = state_dir.display();
@@ -74,6 +107,55 @@ pub(super) fn check(path: &Path, config: &Config) -> Vec<Finding> {
         ));
     }
     all
+}
+
+fn needs(path: &Path, config: &Config) -> Vec<Need> {
+    let model = Need::new(&config.model.bundle, format!("{WRITABLE}/models"));
+    let mut all = vec![Need::new(path, "/etc/millwright")];
+    if !model.is_hidden(&HIDDEN) {
+        let files = files_in(&model.path);
+        all.extend(files.iter().map(|file| Need::new(file, &model.home)));
+    }
+    all.push(model);
+    let files = config.broker.access.files();
+    if let Some(tls) = &files.tls {
+        let certificates = [Some(&tls.ca), tls.cert.as_ref()];
+        all.extend(
+            certificates
+                .into_iter()
+                .flatten()
+                .map(|file| Need::new(file, "/etc/millwright/tls")),
+        );
+    }
+    let secrets = secrets(config).into_iter();
+    // What the unit passes, root reads for it.
+    let own =
+        secrets.filter(|(file, _)| credentials::passed(file) == *file && !file.starts_with(PASSED));
+    all.extend(own.map(|(file, is_key)| Need::secret(file, is_key)));
+    all
+}
+
+/// The files of secrets, and whether each is the key.
+fn secrets(config: &Config) -> Vec<(&Path, bool)> {
+    let files = config.broker.access.files();
+    let key = files.tls.as_ref().and_then(|tls| tls.key.as_deref());
+    let all = [(key, true), (files.password.as_deref(), false)];
+    all.into_iter()
+        .filter_map(|(file, is_key)| Some((file?, is_key)))
+        .collect()
+}
+
+/// Secrets among those of the unit under a name that it doesn't pass.
+fn strays(config: &Config) -> Vec<Finding> {
+    let stray = |(file, is_key): (&Path, bool)| {
+        let e = credentials::check(file).err()?;
+        let advice = format!(
+            "move it to {}, and have millwright init name it",
+            credentials::place(is_key)
+        );
+        Some(Finding::warning(CHECK, e.to_string(), advice))
+    };
+    secrets(config).into_iter().filter_map(stray).collect()
 }
 
 /// A user and its group.
@@ -142,6 +224,46 @@ mod tests {
             "root:x:0:0:root:/root:/bin/sh\nmillwright:x:996:995::/var/lib/millwright:/bin/false\n";
         assert_eq!(user(passwd), Some(User { uid: 996, gid: 995 }));
         assert_eq!((user(""), user("millwright:x:y:z")), (None, None));
+    }
+
+    #[test]
+    fn what_the_unit_hides_is_moved_and_rights_to_secrets_are_not_widened() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("password");
+        fs::write(&file, "x").unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+        let owner = file.metadata().unwrap();
+        let other = User {
+            uid: owner.uid() + 1,
+            gid: owner.gid() + 1,
+        };
+        let linked = dir.path().join("link");
+        std::os::unix::fs::symlink(&file, &linked).unwrap();
+        let tree = dir.path().canonicalize().unwrap();
+        let hidden = Need::new(&linked, "/etc/millwright/tls")
+            .trouble(other, &[tree.to_str().unwrap()])
+            .unwrap();
+        assert!(
+            hidden.says.contains("hides") && hidden.says.contains("password"),
+            "{hidden:?}"
+        );
+        assert_eq!(hidden.advice.unwrap(), "put it in /etc/millwright/tls");
+        let closed = Need::secret(&file, false).trouble(other, &[]).unwrap();
+        let advice = closed.advice.unwrap();
+        assert!(
+            advice.contains("/etc/millwright/credentials/password") && !advice.contains("chmod"),
+            "{advice}"
+        );
+        let own = User {
+            uid: owner.uid(),
+            ..other
+        };
+        assert_eq!(Need::secret(&file, false).trouble(own, &[]), None);
+        for path in ["/root/ca.pem", "/home/x/model", "/tmp/x", "/var/tmp/x"] {
+            assert!(Need::new(Path::new(path), "").is_hidden(&HIDDEN), "{path}");
+        }
+        assert!(!Need::new(Path::new("/etc/millwright/tls"), "").is_hidden(&HIDDEN));
     }
 
     #[test]

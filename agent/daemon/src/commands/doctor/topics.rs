@@ -1,19 +1,19 @@
 //! What the broker lets this user do on each topic, found by doing it where it disturbs nobody:
 //!
 //! - It subscribes to tasks and cancels by QoS 0 and beside the agent's session: what comes in the meantime is for the agent.
-//!   A pool's tasks are subscribed to without `$share`, or a task would be given to us and lost.
-//! - What is retained is left alone: state and card are said again as they are, not retained. `health`, `alarm/doctor` and
+//!   A pool's tasks are not subscribed to: in the group one would be given to us and lost, and beside it nobody need have the right.
+//! - What is retained is left alone: state and card are said again as they are, not retained, and not at all where they are unknown. `health`, `alarm/doctor` and
 //!   `result/doctor/check` get a message of our own, that nobody waits for, not retained, good for a second.
 //! - MQTT 5 brokers say whether they take a message. Of a subscription mosquitto does not: its ACL grants all, and drops
 //!   what may not be read. So a topic that nobody has a right to is tried too; where that is granted, a grant says nothing.
 
 use super::report::Finding;
 use crate::broker::{Greeting, Lost, Taken, Visit};
-use crate::card::{self, State};
 use crate::clock::random;
 use crate::config::Config;
 use millwright_task::limits::PACKET_BYTES_MAX;
 use millwright_task::topic::Base;
+use serde_json::Value;
 
 const CHECK: &str = "topics";
 /// The sender and the alarm that are ours.
@@ -65,81 +65,126 @@ pub(super) fn limits(greeting: &Greeting, config: &Config) -> Vec<Finding> {
     all
 }
 
-/// Whether the user may what the agent needs. `is_running`: the agent runs on this machine.
+/// Whether the user may what the agent needs; and what state is retained, where that can be read. `is_absent`: no agent runs
+/// on this machine.
 pub(super) async fn rights(
     visit: &mut Visit,
     config: &Config,
-    is_running: bool,
-) -> Result<Vec<Finding>, Lost> {
-    let own = &config.base;
-    let mut granted = Vec::new();
-    let mut filters: Vec<String> = own.inbound_filters().into();
+    is_absent: bool,
+) -> (Vec<Finding>, Option<Value>) {
+    let mut tried = Tried::default();
+    let lost = tried.all(visit, config, is_absent).await.err();
+    let mut all = publications(&tried.said);
+    all.extend(subscriptions(&tried, config));
     if let Some(pool) = &config.pool {
-        filters.extend(pool.base.inbound_filters());
+        let filter = pool.base.shared_filter(&pool.name);
+        let says = format!("whether tasks come on {filter} can't be tried without taking one");
+        let advice = "where the broker refuses it, the agent raises the alarm pool";
+        all.push(Finding::note(CHECK, says).advising(advice));
     }
-    for filter in filters {
-        let is = visit.subscribe(&filter, false).await?;
-        granted.push((filter, is));
+    all.extend(tried.foreign.map(|foreign| access(foreign.is_open, config)));
+    if let Some(Lost { reason, .. }) = lost {
+        all.push(if tried.is_whispering {
+            let says = format!("{reason} (over a task of our own, which its rules may forbid)");
+            Finding::note(CHECK, says)
+        } else {
+            let says = format!("{reason} (while the rights on topics were tried)");
+            let advice = "look into the broker's log; where it says that a client took over another, it makes client ids of user \
+                          names: switch that off";
+            Finding::problem(CHECK, says, advice)
+        });
     }
-    let mut said = Vec::new();
-    let result = |base: &Base| base.result(DOCTOR, "check");
-    let mut ours = vec![result(own), own.alarm(DOCTOR), own.health()];
-    ours.extend(config.pool.iter().map(|pool| result(&pool.base)));
-    for topic in ours {
-        let taken = visit.publish(&topic, MESSAGE).await?;
-        said.push((topic, Some(taken)));
-    }
-    let state = card::state(config, State::Offline, "not started yet", "", None);
-    for (topic, first) in [(own.state(), state.as_slice()), (own.card(), MESSAGE)] {
-        let taken = say_again(visit, &topic, first, is_running).await?;
-        said.push((topic, taken));
-    }
-    // Where no agent hears them, messages to ourselves show that they arrive.
-    let mut heard = Vec::new();
-    if !is_running {
-        for topic in [own.task(DOCTOR), own.cancel(DOCTOR)] {
-            heard.push(visit.whisper(&topic, MESSAGE) && visit.hear(&topic).await?.is_some());
-        }
-    }
-    // Last, since some brokers end the connection over it.
-    let foreign = format!("millwright-doctor/{:016x}", random());
-    let is_foreign_granted = visit.subscribe(&foreign, false).await;
-    let is_foreign_taken = match is_foreign_granted {
-        Ok(_) => visit
-            .publish(&foreign, MESSAGE)
-            .await
-            .is_ok_and(|taken| taken == Taken::Yes),
-        Err(_) => false,
-    };
-    let is_open = is_foreign_taken
-        && is_foreign_granted == Ok(true)
-        && visit.hear(&foreign).await.is_ok_and(|m| m.is_some());
-    let grants = Grants {
-        mean_something: is_foreign_granted != Ok(true) || is_open,
-        heard,
-    };
-    let mut all = publications(&said);
-    all.extend(subscriptions(&granted, &grants, config));
-    all.push(access(is_open, config));
-    Ok(all)
+    (all, tried.state)
 }
 
-/// Says a retained message once more as it is, or where there is none and no agent could have said it, `first`.
-async fn say_again(
-    visit: &mut Visit,
-    topic: &str,
-    first: &[u8],
-    is_running: bool,
-) -> Result<Option<Taken>, Lost> {
-    let known = if visit.subscribe(topic, true).await? {
-        visit.hear(topic).await?
-    } else {
-        None
-    };
-    match known {
-        Some(message) => visit.publish(topic, &message.payload).await.map(Some),
-        None if !is_running => visit.publish(topic, first).await.map(Some),
-        None => Ok(None),
+/// What the broker let us do, until all was tried or the connection ended.
+#[derive(Default)]
+struct Tried {
+    granted: Vec<(String, bool)>,
+    /// Whether it was taken; `None` where there was nothing true to say.
+    said: Vec<(String, Option<Taken>)>,
+    state: Option<Value>,
+    is_whispering: bool,
+    /// Of the gateway's own filters: whether a message came that was sent to ourselves.
+    heard: Vec<bool>,
+    foreign: Option<Foreign>,
+}
+
+/// What the broker makes of a topic that nobody has a right to.
+#[derive(Clone, Copy)]
+struct Foreign {
+    is_granted: bool,
+    is_open: bool,
+}
+
+impl Tried {
+    async fn all(
+        &mut self,
+        visit: &mut Visit,
+        config: &Config,
+        is_absent: bool,
+    ) -> Result<(), Lost> {
+        let own = &config.base;
+        let mut filters: Vec<String> = own.inbound_filters().into();
+        filters.extend(config.pool.iter().map(|pool| pool.base.cancel("+")));
+        for filter in filters {
+            let is = visit.subscribe(&filter, false).await?;
+            self.granted.push((filter, is));
+        }
+        let result = |base: &Base| base.result(DOCTOR, "check");
+        let mut ours = vec![result(own), own.alarm(DOCTOR), own.health()];
+        ours.extend(config.pool.iter().map(|pool| result(&pool.base)));
+        for topic in ours {
+            let taken = visit.publish(&topic, MESSAGE).await?;
+            self.said.push((topic, Some(taken)));
+        }
+        for topic in [own.state(), own.card()] {
+            let known = if visit.subscribe(&topic, true).await? {
+                visit.hear(&topic).await?
+            } else {
+                None
+            };
+            let taken = match &known {
+                Some(message) => Some(visit.publish(&topic, &message.payload).await?),
+                None => None,
+            };
+            if topic == own.state() {
+                self.state = known.and_then(|m| serde_json::from_slice(&m.payload).ok());
+            }
+            self.said.push((topic, taken));
+        }
+        // Where no agent hears them, messages to ourselves show that they arrive.
+        let is_offline = |state: &Value| state["state"] == "offline";
+        if is_absent && self.state.as_ref().is_none_or(is_offline) {
+            self.is_whispering = true;
+            for topic in [own.task(DOCTOR), own.cancel(DOCTOR)] {
+                let is_heard =
+                    visit.whisper(&topic, MESSAGE) && visit.hear(&topic).await?.is_some();
+                self.heard.push(is_heard);
+            }
+            self.is_whispering = false;
+        }
+        self.foreign = Some(foreign(visit).await);
+        Ok(())
+    }
+
+    /// Whether a grant says anything at this broker.
+    fn grants_mean_something(&self) -> bool {
+        self.foreign
+            .is_some_and(|foreign| !foreign.is_granted || foreign.is_open)
+    }
+}
+
+/// Comes last, since some brokers end the connection over it.
+async fn foreign(visit: &mut Visit) -> Foreign {
+    let topic = format!("millwright-doctor/{:016x}", random());
+    let granted = visit.subscribe(&topic, false).await;
+    let is_granted = granted == Ok(true);
+    let is_taken = granted.is_ok() && visit.publish(&topic, MESSAGE).await == Ok(Taken::Yes);
+    let is_open = is_taken && is_granted && visit.hear(&topic).await.is_ok_and(|m| m.is_some());
+    Foreign {
+        is_granted,
+        is_open,
     }
 }
 
@@ -160,8 +205,8 @@ fn publications(said: &[(String, Option<Taken>)]) -> Vec<Finding> {
                 "look into the broker's log",
             )),
             None => all.push(
-                Finding::note(CHECK, format!("whether {topic} may be published can't be told: the agent runs, and what it said there can't be read"))
-                    .advising("give the user read rights there too, or run this with the agent stopped"),
+                Finding::note(CHECK, format!("whether {topic} may be published can't be told: nothing retained can be read there that could be said again"))
+                    .advising(format!("mosquitto's rules must have: topic write {topic}")),
             ),
         }
     }
@@ -181,24 +226,17 @@ fn rule(topic: &str) -> String {
         .replace("/result/doctor/check", "/result/#")
 }
 
-/// What a granted subscription is worth.
-struct Grants {
-    mean_something: bool,
-    /// Of the gateway's own filters: whether a message came that was sent to ourselves.
-    heard: Vec<bool>,
-}
-
-fn subscriptions(granted: &[(String, bool)], grants: &Grants, config: &Config) -> Vec<Finding> {
+fn subscriptions(tried: &Tried, config: &Config) -> Vec<Finding> {
     let mut all = Vec::new();
     let (mut fine, mut open) = (Vec::new(), Vec::new());
-    for (n, (filter, is)) in granted.iter().enumerate() {
+    for (n, (filter, is)) in tried.granted.iter().enumerate() {
         if !is {
             all.push(Finding::problem(
                 CHECK,
                 format!("the broker refuses the subscription to {filter}"),
                 "give the gateway's user read rights there",
             ));
-        } else if grants.mean_something || grants.heard.get(n) == Some(&true) {
+        } else if tried.grants_mean_something() || tried.heard.get(n) == Some(&true) {
             fine.push(filter.as_str());
         } else {
             open.push(filter.as_str());
@@ -294,29 +332,32 @@ mod tests {
 
     #[test]
     fn a_grant_is_believed_where_the_broker_also_refuses() {
-        let granted = [
-            ("b/task/+".to_owned(), true),
-            ("b/cancel/+".to_owned(), true),
-        ];
-        let levels = |mean_something, heard: &[bool]| {
-            let grants = Grants {
-                mean_something,
+        let levels = |is_granted, foreign, heard: &[bool]| {
+            let tried = Tried {
+                granted: ["b/task/+", "b/cancel/+"]
+                    .map(|f| (f.to_owned(), is_granted))
+                    .into(),
+                foreign,
                 heard: heard.to_vec(),
+                ..Tried::default()
             };
-            let all = subscriptions(&granted, &grants, &config(""));
+            let all = subscriptions(&tried, &config(""));
             all.iter().map(|f| f.level).collect::<Vec<_>>()
         };
-        assert_eq!(levels(true, &[]), [Level::Ok]);
-        assert_eq!(levels(false, &[]), [Level::Note]);
-        assert_eq!(levels(false, &[true, false]), [Level::Ok, Level::Note]);
-        let refused = [("b/task/+".to_owned(), false)];
-        let grants = Grants {
-            mean_something: false,
-            heard: vec![],
+        let foreign = |is_granted, is_open| {
+            Some(Foreign {
+                is_granted,
+                is_open,
+            })
         };
+        assert_eq!(levels(true, foreign(false, false), &[]), [Level::Ok]);
+        assert_eq!(levels(true, foreign(true, true), &[]), [Level::Ok]);
+        assert_eq!(levels(true, foreign(true, false), &[]), [Level::Note]);
+        assert_eq!(levels(true, None, &[]), [Level::Note]);
         assert_eq!(
-            subscriptions(&refused, &grants, &config(""))[0].level,
-            Level::Problem
+            levels(true, foreign(true, false), &[true, false]),
+            [Level::Ok, Level::Note]
         );
+        assert_eq!(levels(false, None, &[]), [Level::Problem; 2]);
     }
 }

@@ -21,10 +21,12 @@ pub(super) struct Broker {
     pub(super) password: Option<PathBuf>,
     enrolls: bool,
     folder: PathBuf,
+    is_units: bool,
 }
 
 /// What flags say of it, or what was answered before.
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools)] // each is a fact of its own
 pub(super) struct Given {
     pub(super) host: Option<String>,
     pub(super) port: Option<String>,
@@ -38,6 +40,8 @@ pub(super) struct Given {
     pub(super) enrolls: bool,
     /// The configuration's, in which certificates and secrets are looked for.
     pub(super) folder: PathBuf,
+    /// It is the unit's, which is given its secrets under other paths.
+    pub(super) is_units: bool,
     /// All of this is only offered.
     pub(super) is_offered: bool,
 }
@@ -60,6 +64,14 @@ impl Given {
     fn beside(&self, name: &str) -> Option<String> {
         let path = self.folder.join(name);
         path.exists().then(|| path.display().to_string())
+    }
+
+    /// Whether the unit would find a secret there.
+    fn check_secret(&self, path: &Path) -> Result<()> {
+        if self.is_units {
+            credentials::check(path)?;
+        }
+        Ok(())
     }
 
     fn path(&self, known: Option<&String>, usual: &str) -> Result<PathBuf> {
@@ -104,6 +116,7 @@ impl Broker {
             user,
             enrolls: given.enrolls,
             folder: given.folder.clone(),
+            is_units: given.is_units,
         })
     }
 
@@ -127,6 +140,7 @@ impl Broker {
             password: text(self.password.as_ref()),
             enrolls: self.enrolls,
             folder: self.folder.clone(),
+            is_units: self.is_units,
             is_offered: true,
         }
     }
@@ -135,7 +149,7 @@ impl Broker {
     /// certificate that is still to be signed.
     pub(super) fn entries(&self, is_final: bool) -> Result<Vec<Entry>> {
         let secret = |path: &Path| {
-            if is_final {
+            if is_final && self.is_units {
                 credentials::passed(path)
             } else {
                 path.to_owned()
@@ -184,6 +198,10 @@ fn transport<R: BufRead, W: Write>(
             key: Some(given.path(given.key.as_ref(), "credentials/client.key")?),
             ca,
         };
+        files
+            .key
+            .iter()
+            .try_for_each(|key| given.check_secret(key).context("--key"))?;
         return Ok((Some(files), false));
     }
     if given.plaintext {
@@ -245,10 +263,12 @@ fn certificate<R: BufRead, W: Write>(
     let default = given.beside("credentials/client.key");
     let question = given.question("key", "Its key", given.key.as_ref(), default);
     questions.ask(&question, |text| {
+        let key = absolute(text)?;
+        given.check_secret(&key)?;
         let files = tls::Files {
             ca: ca.clone(),
             cert: cert.clone(),
-            key: Some(absolute(text)?),
+            key: Some(key),
         };
         tls::client(&files)?;
         Ok(files)
@@ -267,9 +287,19 @@ fn password<R: BufRead, W: Write>(
     };
     let text = "The file with the user's password, not the password itself (- for none)";
     let default = given.beside("credentials/password");
-    let question = given.question("password-file", text, given.password.as_ref(), default);
+    // A script takes what a dialogue offers.
+    let known = given
+        .password
+        .clone()
+        .or_else(|| default.clone().filter(|_| !questions.is_asking()));
+    let question = given.question("password-file", text, known.as_ref(), default);
     questions.ask_if_any(&question, |text| {
         let path = absolute(text)?;
+        ensure!(
+            text.contains('/') || path.exists(),
+            "there is no such file; where that was the password itself: write it into a file, and name the file here"
+        );
+        given.check_secret(&path)?;
         Access::read(Files {
             tls: None,
             user: Some(user.to_owned()),
