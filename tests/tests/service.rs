@@ -1,6 +1,6 @@
 //! The agent as a service: what it tells systemd, when it is silent, where it logs, how it is confined, and its unit.
 
-use millwright_tests::{Agent, Broker, Setup, await_some, program};
+use millwright_tests::{Agent, BASE, Broker, Client, Message, Setup, await_some, program};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -87,9 +87,8 @@ fn systemd_hears_that_the_agent_serves_how_it_is_and_that_it_stops() {
     assert!(agent.ended().success());
 }
 
-/// A file that can't be read to its end holds the connection's task up, and nothing else.
 #[test]
-fn the_watchdog_starves_while_the_connection_hangs_and_is_fed_when_it_goes_on() {
+fn a_file_that_can_not_be_read_to_its_end_holds_nothing_up() {
     let manager = Manager::new();
     let broker = Broker::open();
     let password = manager.folder.path().join("password");
@@ -99,31 +98,43 @@ fn the_watchdog_starves_while_the_connection_hangs_and_is_fed_when_it_goes_on() 
         broker: format!("user = 'gw'\npassword_file = '{}'", password.display()),
         ..Setup::default()
     };
-    let agent = Agent::with(&broker, &setup);
-    manager.await_words("STATUS=serving");
-    let (pipe, its_other_name) = (
-        manager.folder.path().join("pipe"),
-        manager.folder.path().join("pipe-2"),
-    );
-    assert!(
-        Command::new("mkfifo")
-            .arg(&pipe)
-            .status()
-            .unwrap()
-            .success()
-    );
-    fs::hard_link(&pipe, &its_other_name).unwrap();
-    fs::rename(&pipe, &password).unwrap();
-    let why = "the connection has not come round";
-    await_some(why, || agent.log().contains(why).then_some(()));
+    let mut agent = Agent::with(&broker, &setup);
+    let mut mes = Client::connect(&broker, "mes");
+    mes.subscribe(&format!("{BASE}/alarm/#"));
+    mes.await_state("online");
+    let certificate = |m: &Message| m.topic.ends_with("/alarm/certificate");
+    mes.next("none yet", certificate);
+    let pipe = manager.folder.path().join("pipe");
+    let hang = |mes: &mut Client| {
+        let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let seen_by = manager.folder.path().join("seen-by");
+        fs::hard_link(&pipe, seen_by).unwrap();
+        fs::rename(&pipe, &password).unwrap();
+        mes.next("the alarm", |m| {
+            certificate(m)
+                && m.json()["raised"] == true
+                && String::from_utf8_lossy(&m.payload).contains("the disk has not answered")
+        });
+    };
+    hang(&mut mes);
     while manager.hear(Duration::from_millis(10)).is_some() {}
-    let silence = manager.hear(Duration::from_secs(3));
-    assert_eq!(silence, None, "the watchdog was fed");
+    manager.await_words("WATCHDOG=1\n");
+    mes.generate("meanwhile", 8);
+    assert_eq!(mes.outcome("meanwhile")["event"], "done");
+
+    // Who waits for the pipe is let go on, and the next look finds a file.
     let new = manager.folder.path().join("new");
     fs::write(&new, "secret").unwrap();
     fs::rename(&new, &password).unwrap();
-    fs::write(its_other_name, "secret").unwrap();
-    manager.await_words("WATCHDOG=1\n");
+    let seen_by = manager.folder.path().join("seen-by");
+    fs::write(&seen_by, "secret").unwrap();
+    fs::remove_file(&seen_by).unwrap();
+    mes.next("its end", |m| certificate(m) && m.json()["raised"] == false);
+
+    hang(&mut mes);
+    agent.terminate();
+    assert!(agent.ended().success());
 }
 
 #[test]

@@ -85,7 +85,7 @@ where
     let (pool, mut pool_inbox) = match &config.pool {
         Some(pool) => {
             let (link, poller, inbox) = broker::open(&pool.broker);
-            pollers.spawn(service.pulse("the pool's connection", 1).of(poller.run()));
+            pollers.spawn(poller.run());
             (Some(link), inbox)
         }
         None => (None, Inbox::closed()),
@@ -101,7 +101,7 @@ where
         clock,
     });
     agent.resume(past);
-    pollers.spawn(service.pulse("the connection", 1).of(poller.run()));
+    pollers.spawn(poller.run());
     tokio::pin!(shutdown);
 
     let mut phase = Phase::Serving;

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 const LEAVING: Duration = Duration::from_secs(30);
 /// How often the manager hears how the agent is, where that changes.
 const STATUS: Duration = Duration::from_secs(1);
-
-/// How often a loop may be expected to come round, in the time that it has.
+/// How often a late loop is looked at again, in the watchdog's period.
 const BEATS: u32 = 4;
 
 /// When a loop last came round: it says so, and somebody else looks.
@@ -46,23 +45,6 @@ impl Pulse {
     /// Until the next beat it waits for others, for as long as that takes.
     pub fn rest(&self) {
         self.beat.store(RESTING, Ordering::Relaxed);
-    }
-
-    /// Runs a future, and beats for as long as its task gets its turn: one that blocks its thread is silent. That it waits in
-    /// vain is not seen: it must know itself for how long it may wait.
-    pub async fn of<T>(self, future: impl Future<Output = T>) -> T {
-        tokio::pin!(future);
-        loop {
-            self.beat();
-            tokio::select! {
-                biased;
-                out = &mut future => {
-                    self.rest();
-                    return out;
-                }
-                () = tokio::time::sleep(self.patience / BEATS) => {}
-            }
-        }
     }
 
     /// For how long it has been silent, if that is longer than it may be.
@@ -220,32 +202,6 @@ fn socket() -> Option<UnixDatagram> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-    async fn a_future_beats_until_it_blocks_its_thread() {
-        let pulse = Pulse::new(Duration::from_millis(40));
-        let (release, held) = mpsc::sync_channel::<()>(1);
-        let (begin, begun) = tokio::sync::oneshot::channel();
-        let future = pulse.clone().of(async move {
-            let _ = begun.await;
-            let _ = held.recv();
-            std::future::pending::<()>().await;
-        });
-        let task = tokio::spawn(future);
-        let until = |late: bool| {
-            let end = Instant::now() + Duration::from_secs(20);
-            while pulse.overdue().is_some() != late {
-                assert!(Instant::now() < end, "late: {late}");
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        };
-        begin.send(()).unwrap();
-        until(true);
-        release.send(()).unwrap();
-        until(false);
-        task.abort();
-    }
 
     #[test]
     fn a_manager_that_does_not_listen_holds_nothing_up_and_hears_later_what_it_must() {

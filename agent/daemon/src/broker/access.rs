@@ -206,6 +206,13 @@ impl Access {
         }
     }
 
+    /// The files could not be read within that time, which says nothing of what is in them.
+    pub(super) fn stands_still(&mut self, time: Duration) {
+        self.trouble = Some(format!(
+            "certificates or password can't be read: the disk has not answered for {time:.0?}"
+        ));
+    }
+
     /// What the next connection uses.
     pub(super) fn next(&self) -> &Reading {
         let before = self.before.as_ref().filter(|_| self.is_before_next);

@@ -1,5 +1,6 @@
 //! The one task that drives the client library. It reports what happened, in order; it decides nothing.
 
+use super::access::Access;
 use super::inbox::Intake;
 use super::link::Link;
 use super::reasons::{explain, is_refusal, is_taken_over};
@@ -15,6 +16,7 @@ use rumqttc::v5::{Event, EventLoop, MqttState};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
@@ -28,6 +30,8 @@ const STUCK: Duration = Duration::from_mins(3);
 const SUBSCRIBING: Duration = Duration::from_secs(30);
 /// How often it is looked whether certificates or password were renewed.
 const LOOK: Duration = Duration::from_secs(3);
+/// How long the reading of them may take; keep-alives wait for it.
+const READING: Duration = Duration::from_secs(3);
 
 /// A subscription with how many filters, since when; `None` is the end of one.
 type Asked = Option<(usize, Instant)>;
@@ -45,6 +49,8 @@ pub struct Poller {
     /// When the broker took us in, while it has us.
     since: Option<Instant>,
     looked: Instant,
+    /// A look that was not waited for any longer.
+    reading: Option<JoinHandle<(bool, Access)>>,
     /// What was last said about certificates and password.
     complaint: Option<String>,
     /// The longest until the next ping.
@@ -72,6 +78,7 @@ impl Poller {
             backoff: BACKOFF_FIRST,
             since: None,
             looked: Instant::now(),
+            reading: None,
             complaint: None,
             ping: settings.keep_alive,
             asked: HashMap::new(),
@@ -82,7 +89,7 @@ impl Poller {
     pub async fn run(mut self) {
         loop {
             let mut taken_over = false;
-            let renewed = self.look();
+            let renewed = self.look().await;
             if self.say_complaint().await.is_err() {
                 return;
             }
@@ -267,17 +274,37 @@ impl Poller {
 
     /// Looks whether certificates or password were renewed, before each attempt and now and then. Whether a connection
     /// that stands was made with others: the session outlives another, and it shows at once whether they are any good.
-    fn look(&mut self) -> bool {
+    ///
+    /// A file on a mount that is gone holds up whoever reads it: then the connection goes on with what was read before.
+    async fn look(&mut self) -> bool {
         let is_online = self.since.is_some();
         if is_online && self.looked.elapsed() < LOOK {
             return false;
         }
         self.looked = Instant::now();
-        let renewed = self.settings.access.refresh(is_online);
+        if self.reading.as_ref().is_none_or(JoinHandle::is_finished) {
+            let mut access = self.settings.access.clone();
+            let mut reading = spawn_blocking(move || (access.refresh(is_online), access));
+            let read = timeout(READING, &mut reading).await;
+            let Ok(read) = read else {
+                self.settings.access.stands_still(READING);
+                self.reading = Some(reading);
+                return false;
+            };
+            self.reading = None;
+            // Of a panic the log tells.
+            let Ok((renewed, access)) = read else {
+                return false;
+            };
+            self.settings.access = access;
+            if is_online {
+                return renewed;
+            }
+        }
         if !is_online {
             self.eventloop.options = options(&self.settings);
         }
-        renewed && is_online
+        false
     }
 
     async fn say_complaint(&mut self) -> Result<(), mpsc::error::SendError<Signal>> {

@@ -33,7 +33,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if config.landlock {
         confine(&config)?;
     }
-    super::runtime()?.block_on(serve(config, options))
+    let runtime = super::runtime()?;
+    let outcome = runtime.block_on(serve(config, options));
+    // Not waiting for whoever reads a file on a disk that doesn't answer.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn serve(config: Config, options: Options) -> Result<()> {
