@@ -77,9 +77,24 @@ check() {
         files/usr/bin/millwright --version > /dev/null ||
             fail "files/usr/bin/millwright does not run here; is the archive for this processor?"
     fi
+    # The two would own the same user, unit and program.
+    ! has /var/lib/dpkg/info/millwright.list ||
+        fail "the package millwright is installed, or its configuration is still there: apt-get purge millwright first"
+}
+
+# inside PATH: fails where an absolute link in an image leads out of it.
+inside() {
+    case $1 in
+    / | .) return 0 ;;
+    esac
+    inside "$(dirname "$1")"
+    live || ! [ -L "$root$1" ] || case $(readlink "$root$1") in
+    /*) fail "$root$1 is a link to $(readlink "$root$1"), which is outside of $root: make it a relative one" ;;
+    esac
 }
 
 make_folder() {
+    inside "$1"
     [ ! -d "$root$1" ] || return 0
     make_folder "$(dirname "$1")"
     mkdir "$root$1"
@@ -168,6 +183,8 @@ make_user() {
 
 # As the package's (deploy/systemd/millwright.tmpfiles). Without a user yet they are root's until the first start.
 make_directories() {
+    inside /etc/millwright
+    inside /var/lib/millwright
     mkdir -p "$root/etc/millwright/tls" "$root/etc/millwright/credentials" "$root/var/lib/millwright"
     chmod 0750 "$root/etc/millwright" "$root/etc/millwright/tls" "$root/var/lib/millwright"
     chmod 0700 "$root/etc/millwright/credentials"
@@ -184,7 +201,11 @@ make_directories() {
 start() {
     if managed; then
         systemctl daemon-reload
-        ! systemctl --quiet is-enabled millwright.service || systemctl restart millwright.service
+        if [ $first = no ]; then
+            systemctl try-restart millwright.service
+        elif systemctl --quiet is-enabled millwright.service; then
+            systemctl restart millwright.service
+        fi
     elif live && ! systemd; then
         if [ $first = yes ] || /etc/init.d/millwright status > /dev/null; then /etc/init.d/millwright restart; fi
     fi

@@ -374,7 +374,12 @@ fn the_trial_ca_signs_a_request_and_believes_nothing_in_it_but_the_name() {
             .output();
         assert!(made.unwrap().status.success());
     };
-    let sign = || script("trial-ca", &["--dir", &at(""), "sign", &at("box.csr")]);
+    let sign = || {
+        script(
+            "trial-ca",
+            &["--dir", &at(""), "sign", "gw-7", &at("box.csr")],
+        )
+    };
     request("box.key", "/O=Somebody/CN=gw-7");
     assert!(sign().status.success());
     let shown = Command::new("openssl")
@@ -401,8 +406,15 @@ fn the_trial_ca_signs_a_request_and_believes_nothing_in_it_but_the_name() {
     assert!(folder.path().join("gw-7.pem.1").exists());
     request("another.key", "/CN=gw-7");
     refused(&sign(), "has a certificate with another key");
-    request("box.key", "/CN=gw-7\\/+");
-    refused(&sign(), "can't be a user name");
+    request("box.key", "/CN=gw-8");
+    refused(&sign(), "is of gw-8, not of gw-7");
+    refused(
+        &script(
+            "trial-ca",
+            &["--dir", &at(""), "sign", "gw-7/+", &at("box.csr")],
+        ),
+        "can't be a user name",
+    );
     fs::write(at("box.csr"), "x".repeat(17 << 10)).unwrap();
     refused(&sign(), "larger than 16 KiB");
     fs::write(at("box.csr"), "x").unwrap();
@@ -446,6 +458,7 @@ fn roles_that_would_give_more_than_they_say_are_refused() {
             "among the default topics",
         ),
         ("[plant.pools]\np = ['gw-1']", "none of its agents"),
+        ("[plant.pools]\np = [['gw-1']]", "none of its agents"),
         (
             "[plant]\nagents = ['a']\n[plant.pools]\nresult = ['a']",
             "another name",

@@ -19,14 +19,15 @@ use crate::recipe::{Geometry, WeightSource};
 use crate::source::{Panel, Source};
 use millwright_kernels::packed::{BLOCK, Kind, Layout, Packed, Shape, TILE_ROWS, pack_tile};
 use prost::Message;
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 const MAGIC: &[u8; 8] = b"MWPACK03";
 const PREFIX: usize = 8 + 4 + 32;
@@ -39,8 +40,6 @@ pub(crate) const PANEL_ROWS: usize = 4 * TILE_ROWS;
 const FORGET_BYTES: usize = 8 << 20;
 /// What a 32-bit system may be asked to map: the kernel takes a part of its 4 GB, and programs and heap need theirs.
 const BYTES_MAX_32: u64 = 1_500_000_000;
-/// No packing takes this long.
-const STALE: Duration = Duration::from_hours(1);
 
 /// Why weights can't be packed.
 #[derive(Debug, thiserror::Error)]
@@ -159,17 +158,12 @@ impl Weights {
             source,
         };
         fs::create_dir_all(folder).map_err(write)?;
-        remove_stale(folder);
-        // A name of this start's own, so that two at once don't write into each other; the last rename wins.
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        let partial = folder.join(format!(
-            ".{}-{}-{}.partial",
-            key.stem(),
-            std::process::id(),
-            now.as_nanos()
-        ));
+        let _alone = alone(folder).map_err(write)?;
+        if let Ok(weights) = Self::map(&path, &key, layout) {
+            return Ok(weights);
+        }
+        remove_partial(folder);
+        let partial = folder.join(format!(".{}.partial", key.stem()));
         let written = wanted.write(&imported, &graph, layout, &partial, &path);
         if written.is_err() {
             let _ = fs::remove_file(&partial);
@@ -321,16 +315,30 @@ impl Entry {
     }
 }
 
-/// Removes what starts that were cut off an hour ago or earlier left behind.
-fn remove_stale(folder: &Path) {
+/// Waits until nobody else packs into the folder. Held until the file is dropped, or the process ends in whatever way.
+fn alone(folder: &Path) -> io::Result<File> {
+    let locked = File::open(folder)?;
+    match locked.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            tracing::info!(
+                "waiting for another process that packs into {}",
+                folder.display()
+            );
+            locked.lock()?;
+        }
+        // Some file systems have no locks: two at once then disturb each other, and one of them fails.
+        Err(TryLockError::Error(e)) => tracing::warn!("{} can't be locked: {e}", folder.display()),
+    }
+    Ok(locked)
+}
+
+/// Removes what processes left behind that were killed while they packed. Only for who is [`alone`].
+fn remove_partial(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let partial = entry.path().extension().is_some_and(|e| e == "partial");
-        let age = entry
-            .metadata()
-            .and_then(|m| m.modified())
-            .ok()
-            .and_then(|at| at.elapsed().ok());
-        if partial && age.is_some_and(|age| age > STALE) {
+        let name = entry.file_name();
+        let name = name.as_encoded_bytes();
+        if name.starts_with(b".") && name.ends_with(b".partial") {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -505,6 +513,11 @@ impl Header {
             source,
         };
         let file = File::create_new(partial).map_err(failed)?;
+        // A disk that is too full says so now, not when it is full. Not every file system can.
+        match fallocate(&file, FallocateFlags::empty(), 0, self.bytes as u64) {
+            Err(e @ Errno::NOSPC) => return Err(failed(e.into())),
+            Ok(()) | Err(_) => {}
+        }
         let mut out = Counted::new(BufWriter::with_capacity(1 << 20, file));
         let header = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
         out.write_all(MAGIC).map_err(failed)?;

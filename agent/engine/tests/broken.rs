@@ -230,6 +230,28 @@ fn a_packed_file_that_was_cut_or_altered_is_packed_anew() {
 }
 
 #[test]
+fn who_packs_is_alone_and_clears_away_what_killed_ones_left() {
+    let tiny = Tiny::new();
+    let state = tiny.path("state");
+    fs::create_dir_all(&state).unwrap();
+    fs::write(state.join(".something.partial"), "cut off").unwrap();
+    let another = fs::File::open(&state).unwrap();
+    another.lock().unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(tiny.open().unwrap());
+            done.send(()).unwrap();
+        });
+        let waits = is_done.recv_timeout(std::time::Duration::from_millis(500));
+        assert!(waits.is_err(), "it packs beside another");
+        assert!(state.join(".something.partial").exists());
+        drop(another);
+    });
+    tiny.packed();
+}
+
+#[test]
 fn options_out_of_range_are_named() {
     let tiny = Tiny::new();
     let options = Options {

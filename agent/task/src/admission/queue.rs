@@ -120,12 +120,21 @@ impl<W> Queue<W> {
         Some((ticket, waiting.work))
     }
 
-    /// All of them, in order.
-    pub(super) fn take(&mut self) -> Vec<(Turn, Ticket, W)> {
-        self.bytes = 0;
-        let all = std::mem::take(&mut self.waiting).into_iter();
-        all.map(|((turn, ticket), waiting)| (turn, ticket, waiting.work))
-            .collect()
+    /// Makes each one's work anew, in the turn that it has. Of whom nothing comes, leaves.
+    pub(super) fn renew(&mut self, mut work: impl FnMut(Ticket, W) -> Option<(W, Size)>) {
+        for (place, waiting) in std::mem::take(&mut self.waiting) {
+            match work(place.1, waiting.work) {
+                Some((work, size)) => {
+                    let waiting = Waiting {
+                        work,
+                        size,
+                        ..waiting
+                    };
+                    self.waiting.insert(place, waiting);
+                }
+                None => self.bytes -= waiting.bytes,
+            }
+        }
     }
 
     pub(super) fn remove(&mut self, turn: Turn, ticket: Ticket) {

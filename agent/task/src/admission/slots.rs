@@ -30,20 +30,24 @@ impl<W> Admission<W> {
         mut prepare: impl FnMut(&Task, W) -> Result<(W, Size), Refusal>,
     ) -> Vec<Post> {
         (self.rules.slots, self.rules.kv_tokens_max) = (slots, kv_tokens_max);
-        let mut ended = Vec::new();
-        for (turn, ticket, work) in self.queue.take() {
-            let Some(held) = self.jobs.get_mut(&ticket) else {
-                continue;
-            };
+        let mut refused = Vec::new();
+        self.queue.renew(|ticket, work| {
+            let held = self.jobs.get_mut(&ticket)?;
             match prepare(&held.job.task, work) {
                 Ok(work) => {
                     held.size = work.1;
-                    self.queue.put_back(turn, ticket, &held.job.task, work);
+                    Some(work)
                 }
-                Err(refusal) => ended.extend(self.close_job(now, ticket, Body::Failed(refusal))),
+                Err(refusal) => {
+                    refused.push((ticket, refusal));
+                    None
+                }
             }
-        }
-        ended
+        });
+        let ended = refused
+            .into_iter()
+            .map(|(ticket, refusal)| self.close_job(now, ticket, Body::Failed(refusal)));
+        ended.flatten().collect()
     }
 
     /// The next task to run, if there is room, and how often it is begun with this.

@@ -510,6 +510,19 @@ fn who_floods_waits_behind_his_own() {
 }
 
 #[test]
+fn a_model_that_came_leaves_each_his_turn() {
+    let mut gate = Admission::new(roomy());
+    for i in 0..20 {
+        accepted(offer(&mut gate, 0, of("mes", &format!("m{i}"), 5)).0);
+    }
+    let (slots, kv_tokens) = (gate.rules.slots, gate.rules.kv_tokens_max);
+    let ended = gate.equip(at(0), slots, kv_tokens, |_, ()| Ok(work()));
+    assert!(ended.is_empty());
+    accepted(offer(&mut gate, 1, of("mes", "new", 5)).0);
+    assert_eq!(order(&mut gate, 1, 1).last().unwrap(), "new");
+}
+
+#[test]
 fn his_own_urgent_task_passes_the_flood() {
     let mut gate = Admission::new(roomy());
     for i in 0..20 {
