@@ -10,6 +10,7 @@ mod broker;
 mod client;
 pub mod cost;
 pub mod faults;
+pub mod gateway;
 pub mod hostile;
 pub mod plant;
 mod process;

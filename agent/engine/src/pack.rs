@@ -514,9 +514,9 @@ impl Header {
         };
         let file = File::create_new(partial).map_err(failed)?;
         // A disk that is too full says so now, not when it is full. Not every file system can.
-        match fallocate(&file, FallocateFlags::empty(), 0, self.bytes as u64) {
-            Err(e @ Errno::NOSPC) => return Err(failed(e.into())),
-            Ok(()) | Err(_) => {}
+        let room = fallocate(&file, FallocateFlags::empty(), 0, self.bytes as u64);
+        if let Err(e @ Errno::NOSPC) = room {
+            return Err(failed(e.into()));
         }
         let mut out = Counted::new(BufWriter::with_capacity(1 << 20, file));
         let header = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
