@@ -58,6 +58,17 @@ number() { # passwd|group: the number of the user or group, if there is one
     sed -n "s/^$user:[^:]*:\([0-9]*\):.*/\1/p" "$root/etc/$1" 2> /dev/null || true
 }
 
+# inside PATH: fails where a link in an image leads out of it, to this machine's own files.
+inside() {
+    live && return
+    path=$1
+    while ! [ -e "$root$path" ] && ! [ -L "$root$path" ]; do path=$(dirname "$path"); done
+    case $(readlink -f "$root$path")/ in
+    "$(readlink -f "$root")"/*) ;;
+    *) fail "$root$path leads out of $root, to $(readlink -f "$root$path"): make its links relative ones" ;;
+    esac
+}
+
 stop() {
     if managed; then
         systemctl stop millwright.service 2> /dev/null || true
@@ -79,22 +90,16 @@ check() {
     fi
     # The two would own the same user, unit and program.
     ! has /var/lib/dpkg/info/millwright.list ||
-        fail "the package millwright is installed, or its configuration is still there: apt-get purge millwright first"
-}
-
-# inside PATH: fails where an absolute link in an image leads out of it.
-inside() {
-    case $1 in
-    / | .) return 0 ;;
-    esac
-    inside "$(dirname "$1")"
-    live || ! [ -L "$root$1" ] || case $(readlink "$root$1") in
-    /*) fail "$root$1 is a link to $(readlink "$root$1"), which is outside of $root: make it a relative one" ;;
-    esac
+        fail "dpkg has the package millwright at ${root:-/}, or what it left: upgrade by the next package. To change over, copy" \
+            "/etc/millwright and /var/lib/millwright away, purge the package, which deletes both, and install again"
+    for path in /etc/init.d /etc/rc2.d /etc/rc5.d /etc/systemd/system/multi-user.target.wants /etc/sysusers.d \
+        /etc/tmpfiles.d /lib/systemd /usr/lib/systemd /etc/millwright /var/lib/millwright /etc/passwd; do
+        inside "$path"
+    done
+    for path in $(cd files/usr && find . -type d); do inside "$prefix/$path"; done
 }
 
 make_folder() {
-    inside "$1"
     [ ! -d "$root$1" ] || return 0
     make_folder "$(dirname "$1")"
     mkdir "$root$1"
@@ -183,8 +188,6 @@ make_user() {
 
 # As the package's (deploy/systemd/millwright.tmpfiles). Without a user yet they are root's until the first start.
 make_directories() {
-    inside /etc/millwright
-    inside /var/lib/millwright
     mkdir -p "$root/etc/millwright/tls" "$root/etc/millwright/credentials" "$root/var/lib/millwright"
     chmod 0750 "$root/etc/millwright" "$root/etc/millwright/tls" "$root/var/lib/millwright"
     chmod 0700 "$root/etc/millwright/credentials"
@@ -235,6 +238,7 @@ install() {
 
 remove() {
     [ -f "$root$list" ] || fail "nothing that this script installed is at ${root:-/}"
+    for path in $(cat "$root$list") /etc/millwright /var/lib/millwright /etc/passwd; do inside "$(dirname "$path")"; done
     stop
     while read -r path; do
         case $path in

@@ -347,7 +347,7 @@ fn only_a_certificate_of_the_plants_ca_for_a_client_gets_in() {
 
 /// What `millwright enroll` hands over: a request for a key that stays on the gateway.
 #[test]
-fn the_trial_ca_signs_a_request_and_believes_nothing_in_it_but_the_name() {
+fn the_trial_ca_signs_a_request_and_believes_nothing_in_it() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).display().to_string();
     trial_ca(folder.path(), &["init"]);

@@ -28,11 +28,14 @@ const WILL_DELAY: Duration = Duration::from_secs(10);
 const TURN: Duration = Duration::from_secs(1);
 /// How often it is looked whether the machine is hard pressed.
 const LOOK: Duration = Duration::from_secs(5);
-/// The model may take this many times what the connection may between two signs of life: a step with a prompt in it is long
+/// The model may take this many times what the main loop may between two signs of life: a step with a prompt in it is long
 /// on a small board.
 const STEP: u32 = 4;
 /// What the goodbye may take.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Work that takes longer lets the connections have their turn before there is more.
+const LONG: Duration = Duration::from_millis(5);
 
 /// A model that is ready to work.
 pub struct Mind<B, P> {
@@ -109,9 +112,13 @@ where
     let outcome = loop {
         tokio::select! {
             Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
-            Some(message) = inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Own, &message),
+            Some(message) = inbox.messages.recv(), if agent.has_room() => {
+                at_length(|| agent.on_message(Via::Own, &message)).await;
+            }
             Some(signal) = pool_inbox.signals.recv() => agent.on_pool_signal(signal),
-            Some(message) = pool_inbox.messages.recv(), if agent.has_room() => agent.on_message(Via::Pool, &message),
+            Some(message) = pool_inbox.messages.recv(), if agent.has_room() => {
+                at_length(|| agent.on_message(Via::Pool, &message)).await;
+            }
             outcome = models.recv(), if work.is_none() => match outcome {
                 Some(Ok(mind)) => match begin(mind, steps.clone()) {
                     Ok((kv_tokens_max, equipment, at_work)) => {
@@ -196,6 +203,15 @@ where
 struct AtWork<B: Brain> {
     reports: mpsc::Receiver<Report<B::Work>>,
     thread: JoinHandle<()>,
+}
+
+/// Does what may be long, such as the preparation of a prompt.
+async fn at_length(work: impl FnOnce()) {
+    let began = Instant::now();
+    work();
+    if began.elapsed() > LONG {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// Puts a model to work: how many tokens its cache has, what the dispatcher needs of it, and its thread.

@@ -105,7 +105,7 @@ impl Command {
             }
             Self::Ask(args) => {
                 log::start("error");
-                runtime()?.block_on(ask::run(args))
+                block_on(ask::run(args))?
             }
             Self::Generate(args) => {
                 log::start(LOCAL);
@@ -134,11 +134,15 @@ impl Command {
 /// Where a model is run in front of somebody, they hear what takes long at its first start.
 const LOCAL: &str = "warn,millwright_engine::guard=info,millwright_engine::pack=info";
 
-/// One thread for the broker's connections and the dispatcher: they hand everything to each other, and with more threads an
-/// agent under load spent a quarter more processor time on waking them. The model and the journal have their own.
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
+/// Runs it to its end, and waits for nobody who reads a file or resolves a name beside it. One thread for the broker's
+/// connections and the dispatcher: they hand everything to each other, and with more threads an agent under load spent a
+/// quarter more processor time on waking them. The model and the journal have their own.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("the runtime can't be started")
+        .context("the runtime can't be started")?;
+    let outcome = runtime.block_on(future);
+    runtime.shutdown_background();
+    Ok(outcome)
 }

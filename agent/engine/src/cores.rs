@@ -157,7 +157,6 @@ fn parallelism() -> usize {
 pub(crate) use affinity::Stay;
 use affinity::{allowed, keep_to};
 
-#[cfg(target_os = "linux")]
 mod affinity {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -200,24 +199,6 @@ mod affinity {
             if let Some(before) = &self.0 {
                 let _ = sched_setaffinity(None, before);
             }
-        }
-    }
-}
-
-/// Where affinity can't be had, the system's scheduler decides.
-#[cfg(not(target_os = "linux"))]
-mod affinity {
-    pub(crate) fn allowed() -> Vec<usize> {
-        (0..super::parallelism()).collect()
-    }
-
-    pub(crate) fn keep_to(_: &[usize]) {}
-
-    pub(crate) struct Stay;
-
-    impl Stay {
-        pub(crate) fn on(_: Option<&[usize]>) -> Self {
-            Self
         }
     }
 }

@@ -28,6 +28,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 const MAGIC: &[u8; 8] = b"MWPACK03";
 const PREFIX: usize = 8 + 4 + 32;
@@ -144,6 +145,17 @@ impl Weights {
                 path.display()
             ),
         }
+        let write = |bytes: usize, source| PackError::Write {
+            path: path.clone(),
+            bytes: bytes as u64,
+            source,
+        };
+        fs::create_dir_all(folder).map_err(|e| write(0, e))?;
+        let _alone = alone(folder).map_err(|e| write(0, e))?;
+        if let Ok(weights) = Self::map(&path, &key, layout) {
+            return Ok(weights);
+        }
+        remove_partial(folder);
         bundle.verify()?;
         let imported = import(&bundle.graph(), bundle.heads(), target)?;
         if let Some(name) = imported.graph.files().find(|name| !bundle.covers(name)) {
@@ -152,24 +164,22 @@ impl Weights {
         }
         let graph = imported.graph.to_model()?.encode_to_vec();
         let wanted = Header::new(key.clone(), &imported, graph.len())?;
-        let write = |source| PackError::Write {
-            path: path.clone(),
-            bytes: wanted.bytes as u64,
-            source,
-        };
-        fs::create_dir_all(folder).map_err(write)?;
-        let _alone = alone(folder).map_err(write)?;
-        if let Ok(weights) = Self::map(&path, &key, layout) {
-            return Ok(weights);
-        }
-        remove_partial(folder);
-        let partial = folder.join(format!(".{}.partial", key.stem()));
+        // A name of this start's own: where locks hold nobody off, one that is disturbed fails, and passes nothing half-written.
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let partial = folder.join(format!(
+            ".{}-{}-{}.partial",
+            key.stem(),
+            std::process::id(),
+            now.as_nanos()
+        ));
         let written = wanted.write(&imported, &graph, layout, &partial, &path);
         if written.is_err() {
             let _ = fs::remove_file(&partial);
         }
         written?;
-        Self::map(&path, &key, layout).map_err(|why| write(io::Error::other(why)))
+        Self::map(&path, &key, layout).map_err(|why| write(wanted.bytes, io::Error::other(why)))
     }
 
     fn map(path: &Path, key: &Key, layout: Layout) -> Result<Self, String> {
@@ -515,7 +525,7 @@ impl Header {
         let file = File::create_new(partial).map_err(failed)?;
         // A disk that is too full says so now, not when it is full. Not every file system can.
         let room = fallocate(&file, FallocateFlags::empty(), 0, self.bytes as u64);
-        if let Err(e @ Errno::NOSPC) = room {
+        if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = room {
             return Err(failed(e.into()));
         }
         let mut out = Counted::new(BufWriter::with_capacity(1 << 20, file));

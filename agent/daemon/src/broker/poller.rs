@@ -32,6 +32,9 @@ const SUBSCRIBING: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(3);
 /// How long the reading of them may take; keep-alives wait for it.
 const READING: Duration = Duration::from_secs(3);
+/// One that takes this long may be of a mount that is gone, with another in its place: the next one begins. After twice the time each
+/// time, for those that are stuck keep their threads.
+const READING_GIVEN_UP: Duration = Duration::from_mins(5);
 
 /// A subscription with how many filters, since when; `None` is the end of one.
 type Asked = Option<(usize, Instant)>;
@@ -49,8 +52,9 @@ pub struct Poller {
     /// When the broker took us in, while it has us.
     since: Option<Instant>,
     looked: Instant,
-    /// A look that was not waited for any longer.
-    reading: Option<JoinHandle<(bool, Access)>>,
+    /// A look that was not waited for any longer, since when; and how many before it never ended.
+    reading: Option<(JoinHandle<(bool, Access)>, Instant)>,
+    stuck: u32,
     /// What was last said about certificates and password.
     complaint: Option<String>,
     /// The longest until the next ping.
@@ -79,6 +83,7 @@ impl Poller {
             since: None,
             looked: Instant::now(),
             reading: None,
+            stuck: 0,
             complaint: None,
             ping: settings.keep_alive,
             asked: HashMap::new(),
@@ -282,29 +287,41 @@ impl Poller {
             return false;
         }
         self.looked = Instant::now();
-        if self.reading.as_ref().is_none_or(JoinHandle::is_finished) {
-            let mut access = self.settings.access.clone();
-            let mut reading = spawn_blocking(move || (access.refresh(is_online), access));
-            let read = timeout(READING, &mut reading).await;
-            let Ok(read) = read else {
-                self.settings.access.stands_still(READING);
-                self.reading = Some(reading);
-                return false;
-            };
-            self.reading = None;
-            // Of a panic the log tells.
-            let Ok((renewed, access)) = read else {
-                return false;
-            };
-            self.settings.access = access;
-            if is_online {
-                return renewed;
-            }
-        }
+        let renewed = self.refresh(is_online).await;
         if !is_online {
             self.eventloop.options = options(&self.settings);
         }
-        false
+        renewed && is_online
+    }
+
+    async fn refresh(&mut self, is_online: bool) -> bool {
+        let given_up = READING_GIVEN_UP * 2u32.saturating_pow(self.stuck);
+        if let Some((reading, since)) = &self.reading
+            && !reading.is_finished()
+            && since.elapsed() < given_up
+        {
+            return false;
+        }
+        let mut access = self.settings.access.clone();
+        let mut reading = spawn_blocking(move || (access.refresh(is_online), access));
+        match timeout(READING, &mut reading).await {
+            Ok(Ok((renewed, access))) => {
+                self.settings.access = access;
+                (self.reading, self.stuck) = (None, 0);
+                renewed
+            }
+            // Of the panic the log tells.
+            Ok(Err(_)) => false,
+            Err(_) => {
+                self.settings.access.stands_still(READING);
+                if let Some((before, _)) = self.reading.replace((reading, Instant::now()))
+                    && !before.is_finished()
+                {
+                    self.stuck += 1;
+                }
+                false
+            }
+        }
     }
 
     async fn say_complaint(&mut self) -> Result<(), mpsc::error::SendError<Signal>> {

@@ -33,11 +33,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if config.landlock {
         confine(&config)?;
     }
-    let runtime = super::runtime()?;
-    let outcome = runtime.block_on(serve(config, options));
-    // Not waiting for whoever reads a file on a disk that doesn't answer.
-    runtime.shutdown_background();
-    outcome
+    super::block_on(serve(config, options))?
 }
 
 async fn serve(config: Config, options: Options) -> Result<()> {

@@ -156,18 +156,7 @@ fn broker(config: &Config, agent: Agent, report: &mut Report) -> Option<Value> {
     let place = format!("{}:{}", config.broker.host, config.broker.port);
     report.busy(&format!("connecting to {place}"));
     report.extend(certificates::brokers(&config.broker));
-    let runtime = match super::runtime() {
-        Ok(runtime) => runtime,
-        Err(e) => {
-            report.add(Finding::problem(
-                "broker",
-                format!("{e:#}"),
-                "free some memory",
-            ));
-            return None;
-        }
-    };
-    let state = runtime.block_on(async {
+    let state = super::block_on(async {
         let (mut visit, greeting) = match Visit::begin(&config.broker, "doctor").await {
             Ok(visit) => visit,
             Err(lost) => {
@@ -198,7 +187,9 @@ fn broker(config: &Config, agent: Agent, report: &mut Report) -> Option<Value> {
         visit.end().await;
         state
     });
-    // A name that is being resolved must not hold the end up.
-    runtime.shutdown_background();
-    state
+    state.unwrap_or_else(|e| {
+        let finding = format!("{e:#}");
+        report.add(Finding::problem("broker", finding, "free some memory"));
+        None
+    })
 }

@@ -234,13 +234,11 @@ impl Answers {
     /// Tries them as the agent would.
     fn connect(&self) -> Result<()> {
         let config = Config::parse(&self.text(false)?)?;
-        let runtime = super::runtime()?;
-        let outcome = runtime.block_on(async {
+        let outcome = super::block_on(async {
             let (visit, _) = Visit::begin(&config.broker, "init").await?;
             visit.end().await;
             Ok(())
-        });
-        runtime.shutdown_background();
+        })?;
         outcome.map_err(|lost: crate::broker::Lost| anyhow::anyhow!(lost.reason))
     }
 
