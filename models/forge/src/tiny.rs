@@ -142,7 +142,7 @@ impl Weights for Seeded {
         let decoder = Decoder::llama(shape());
         let [_, columns] = decoder.shape.of(part);
         let (seed, (mean, deviation)) = (seed(&decoder, part)?, spread(part, columns));
-        let draw = |i| mean + deviation * normal((seed << 32 | i) as u64);
+        let draw = |i| mean + deviation * normal((seed as u64) << 32 | i as u64);
         let range = rows.start * columns..rows.end * columns;
         Ok(Stored::Plain(range.map(draw).collect()))
     }
