@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-/// When this program was made: no clock before that is right. A release sets `SOURCE_DATE_EPOCH`; else it is a date in the
+/// When this program was made: no clock before that is right. `cross/build` sets it; else it is a date in the
 /// source, so that the same source makes the same program.
-const BUILT: Duration = Duration::from_secs(later(1_790_000_000, option_env!("SOURCE_DATE_EPOCH")));
+const BUILT: Duration = Duration::from_secs(later(1_790_000_000, option_env!("MILLWRIGHT_BUILT")));
 
 /// The last wall time that was believed, in milliseconds: this clock's, or the journal's before that was; 0 if none was.
 static BELIEVED_MS: AtomicU64 = AtomicU64::new(0);
