@@ -94,7 +94,7 @@ where
         None => (None, Inbox::closed()),
     };
     let mut work: Option<AtWork<B>> = None;
-    let steps = service.pulse("the model's thread", STEP);
+    let steps = service.steps(STEP);
     let mut health = health(config.model.state_dir.clone(), config.health_interval);
     let mut agent = Dispatcher::<P>::new(Parts {
         journal,

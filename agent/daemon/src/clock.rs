@@ -6,6 +6,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 /// When this program was made: no clock before that is right. `cross/build` sets it; else it is a date in the
@@ -134,30 +135,22 @@ impl Clock {
 /// many times a task, and the look at files took a fifth of the agent's processor time.
 fn timesync() -> Option<bool> {
     const FOLDER: &str = "/run/systemd/timesync";
-    const ABSENT: u64 = 0;
-    const UNSET: u64 = 1;
-    const SET: u64 = 2;
-    /// The answer, and above its two bits the second of the boot-time clock in which it was found, and one.
-    static FOUND: AtomicU64 = AtomicU64::new(0);
+    /// In which second of the boot-time clock it was looked up last, and the answer.
+    static FOUND: Mutex<Option<(u64, Option<bool>)>> = Mutex::new(None);
 
-    let second = boot_time().as_secs() + 1;
-    let mut found = FOUND.load(Ordering::Relaxed);
-    if found >> 2 != second {
-        let answer = match (
-            Path::new(FOLDER).is_dir(),
-            Path::new(FOLDER).join("synchronized").exists(),
-        ) {
-            (false, _) => ABSENT,
-            (true, false) => UNSET,
-            (true, true) => SET,
-        };
-        found = second << 2 | answer;
-        FOUND.store(found, Ordering::Relaxed);
+    let second = boot_time().as_secs();
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((at, answer)) = *found
+        && at == second
+    {
+        return answer;
     }
-    match found & 3 {
-        ABSENT => None,
-        answer => Some(answer == SET),
-    }
+    let folder = Path::new(FOLDER);
+    let answer = folder
+        .is_dir()
+        .then(|| folder.join("synchronized").exists());
+    *found = Some((second, answer));
+    answer
 }
 
 /// Time since the machine booted, suspend included.

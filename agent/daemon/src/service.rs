@@ -66,7 +66,8 @@ pub struct Service {
     period: Option<Duration>,
     /// When the watchdog is to be fed next; at once if never before.
     due: Option<Instant>,
-    pulses: Vec<(&'static str, Pulse)>,
+    /// The model's thread.
+    steps: Option<Pulse>,
     status: String,
     looked: Option<Instant>,
     is_starved: bool,
@@ -82,7 +83,7 @@ impl Service {
             unsaid: String::new(),
             period: sd_notify::watchdog_enabled().map(|after| after / 2),
             due: None,
-            pulses: Vec::new(),
+            steps: None,
             status: String::new(),
             looked: None,
             is_starved: false,
@@ -90,11 +91,11 @@ impl Service {
         }
     }
 
-    /// Watches a loop that may take `times` the watchdog's period to come round.
-    pub fn pulse(&mut self, name: &'static str, times: u32) -> Pulse {
+    /// Watches the model's thread, of which a step may take `times` the watchdog's period.
+    pub fn steps(&mut self, times: u32) -> Pulse {
         let patience = self.period.map_or(Duration::MAX, |period| period * times);
         let pulse = Pulse::new(patience);
-        self.pulses.push((name, pulse.clone()));
+        self.steps = Some(pulse.clone());
         pulse
     }
 
@@ -134,12 +135,10 @@ impl Service {
         if self.due.is_some_and(|at| now < at) {
             return;
         }
-        let mut late = self.pulses.iter();
-        let late = late.find_map(|(name, pulse)| Some((name, pulse.overdue()?)));
-        if let Some((name, silence)) = late {
+        if let Some(silence) = self.steps.as_ref().and_then(Pulse::overdue) {
             if !self.is_starved {
                 tracing::error!(
-                    "{name} has not come round for {silence:.0?}: the watchdog is not fed until it does"
+                    "the model's thread has not come round for {silence:.0?}: the watchdog is not fed until it does"
                 );
             }
             self.is_starved = true;
@@ -234,7 +233,7 @@ mod tests {
         assert_eq!(service.patience(), Duration::MAX, "nobody waits for it");
         let hour = Duration::from_hours(1);
         service.period = Some(hour);
-        let pulse = service.pulse("the loop", 2);
+        let pulse = service.steps(2);
         assert_eq!(pulse.patience, 2 * hour);
         assert!(service.patience().is_zero(), "at once");
         service.turn(String::new);
@@ -244,11 +243,11 @@ mod tests {
         assert_eq!(service.due, due, "not before it is due");
 
         service.due = None;
-        service.pulses = vec![("the loop", Pulse::new(Duration::ZERO))];
+        let pulse = Pulse::new(Duration::ZERO);
+        service.steps = Some(pulse.clone());
         service.turn(String::new);
         assert!(!service.is_starved, "one that rests is not late");
         service.due = None;
-        let pulse = service.pulses[0].1.clone();
         pulse.beat();
         std::thread::sleep(Duration::from_millis(2));
         service.turn(String::new);

@@ -49,6 +49,8 @@ pub enum PackError {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Graph(#[from] GraphError),
+    #[error("the folder {folder} can't take packed weights: {source}")]
+    Folder { folder: PathBuf, source: io::Error },
     #[error(
         "the packed weights can't be written to {path}: {source}; {bytes} bytes are needed there"
     )]
@@ -145,13 +147,10 @@ impl Weights {
                 path.display()
             ),
         }
-        let write = |bytes: usize, source| PackError::Write {
-            path: path.clone(),
-            bytes: bytes as u64,
+        let _alone = alone(folder).map_err(|source| PackError::Folder {
+            folder: folder.to_owned(),
             source,
-        };
-        fs::create_dir_all(folder).map_err(|e| write(0, e))?;
-        let _alone = alone(folder).map_err(|e| write(0, e))?;
+        })?;
         if let Ok(weights) = Self::map(&path, &key, layout) {
             return Ok(weights);
         }
@@ -179,7 +178,11 @@ impl Weights {
             let _ = fs::remove_file(&partial);
         }
         written?;
-        Self::map(&path, &key, layout).map_err(|why| write(wanted.bytes, io::Error::other(why)))
+        Self::map(&path, &key, layout).map_err(|why| PackError::Write {
+            path: path.clone(),
+            bytes: wanted.bytes as u64,
+            source: io::Error::other(why),
+        })
     }
 
     fn map(path: &Path, key: &Key, layout: Layout) -> Result<Self, String> {
@@ -325,8 +328,9 @@ impl Entry {
     }
 }
 
-/// Waits until nobody else packs into the folder. Held until the file is dropped, or the process ends in whatever way.
+/// Makes the folder if need be, and waits until nobody else packs into it. Held until the file is dropped, or the process ends in whatever way.
 fn alone(folder: &Path) -> io::Result<File> {
+    fs::create_dir_all(folder)?;
     let locked = File::open(folder)?;
     match locked.try_lock() {
         Ok(()) => {}
