@@ -3,12 +3,14 @@
 
 mod disk;
 mod rig;
+mod round;
 mod sender;
 mod table;
 
-use crate::process::{Io, Spread, processor_s, resident_kib, waited_and_ran_s};
+use crate::process::{Io, Spread, processor_s, resident_kib};
 use disk::Syncs;
 use rig::Rig;
+use round::{Round, median, spreads};
 use sender::{Pace, Seen};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,6 +57,8 @@ struct Scale {
     echoes: usize,
     few: usize,
     warm: Duration,
+    /// At capacity and at 80 % of it, for `full` each.
+    rounds: usize,
     full: Duration,
     slow: Duration,
     idle: Duration,
@@ -71,6 +75,7 @@ impl Scale {
                 echoes: 50,
                 few: 10,
                 warm: Duration::from_millis(300),
+                rounds: 1,
                 full: Duration::from_millis(1500),
                 slow: s(2),
                 idle: s(1),
@@ -83,7 +88,8 @@ impl Scale {
             echoes: 300,
             few: 300,
             warm: s(3),
-            full: s(20),
+            rounds: 5,
+            full: s(10),
             slow: s(60),
             idle: s(60),
             counted: s(5),
@@ -162,52 +168,53 @@ fn timed(
     let next = alone(Duration::ZERO);
     rig.all(Pace::Open(UNDER_WAY / SENDERS), scale.warm);
 
-    let began = Instant::now();
-    let before = (Io::of(rig.pid()), rig.processors());
-    let full = rig.all(Pace::Open(UNDER_WAY / SENDERS), scale.full);
-    let seconds = began.elapsed().as_secs_f64();
-    let io = io_since(before.0, rig.pid());
-    let processors = rig.processors();
-    let capacity = full.done.len() as f64 / seconds;
-
-    let began = Instant::now();
-    let before_high = waited_and_ran_s(rig.pid());
-    let high = rig.all(evenly(0.8 * capacity)?, scale.full);
-    let high_rate = high.done.len() as f64 / began.elapsed().as_secs_f64();
-    let after_high = waited_and_ran_s(rig.pid());
-    let fixed = rig.all(evenly(FIXED)?, scale.full / 2);
+    let mut rounds = Vec::new();
+    for _ in 0..scale.rounds {
+        rounds.push(Round::measure(&mut rig, scale.full)?);
+    }
+    let fixed = rig.all(evenly(FIXED)?, scale.full);
     syncs.measure(folder, scale.syncs).map_err(disk)?;
     echo.extend(rig.senders[0].echo(scale.echoes, Duration::from_millis(5)));
 
-    let phases = [&low, &next, &full, &high, &fixed];
-    let refused: usize = phases.map(|s| s.refused).iter().sum();
-    let lost: usize = phases.map(|s| s.lost).iter().sum();
-    let answered: usize = phases.map(|s| s.done.len()).iter().sum();
+    let phases = || {
+        let each = rounds.iter().flat_map(|round| [&round.full, &round.high]);
+        [&low, &next, &fixed].into_iter().chain(each)
+    };
+    let refused: usize = phases().map(|s| s.refused).sum();
+    let lost: usize = phases().map(|s| s.lost).sum();
+    let answered: usize = phases().map(|s| s.done.len()).sum();
     latency(table, &syncs, &echo, &low, &next);
     let target = Some(Target::AtMost(25.0));
-    spread(table, "accepted, 80 % of capacity", &high.accepted, target);
-    spread(table, "answer, 80 % of capacity", &high.done, None);
-    // A share of 1: they waited as long as they ran, so others had the cores.
-    let share = before_high.zip(after_high);
-    let share = share.map(|(before, after)| (after.0 - before.0) / (after.1 - before.1));
+    let name = "accepted, 80 % of capacity";
+    spreads(table, name, &rounds, |r| &r.high.accepted, target);
+    let name = "answer, 80 % of capacity";
+    spreads(table, name, &rounds, |r| &r.high.done, None);
     let name = "the agent's threads then waited for a core";
-    table.say(name, "s per s run", share);
+    table.say(name, "s per s run", median(&rounds, |r| r.waited));
     let name = format!("accepted, {FIXED} tasks/s");
-    spread(table, &name, &fixed.accepted, None);
+    spread(table, &name, &fixed.accepted);
 
     table.group("throughput");
     let name = format!("tasks answered, {SENDERS} senders, {UNDER_WAY} under way");
+    let capacity = median(&rounds, |r| Some(r.full_rate));
     table.hold(name, "tasks/s", capacity, Target::AtLeast(500.0));
-    spread(table, "accepted, at that load", &full.accepted, None);
-    table.say("tasks answered at 80 % load", "tasks/s", high_rate);
-    let each = |n: usize| (processors[n] - before.1[n]) / full.done.len() as f64 * 1e3;
-    table.say("processor time: agent", "ms/task", each(0));
-    table.say("processor time: mosquitto", "ms/task", each(1));
-    table.say("processor time: the four senders", "ms/task", each(2));
+    let name = "accepted, at that load";
+    spreads(table, name, &rounds, |r| &r.full.accepted, None);
+    let high = median(&rounds, |r| Some(r.high_rate));
+    table.say("tasks answered at 80 % load", "tasks/s", high);
+    let programs = ["agent", "mosquitto", "the four senders"];
+    for (n, who) in programs.iter().enumerate() {
+        let each = median(&rounds, |r| Some(r.processors_ms[n]));
+        table.say(format!("processor time: {who}"), "ms/task", each);
+    }
     table.say("refused as busy", "tasks", refused as f64);
     table.say("neither answered nor refused", "tasks", lost as f64);
     table.group("flash, full rate");
-    written(table, io, full.done.len());
+    written(table, |of| {
+        median(&rounds, |r| {
+            Some(of(r.io?) as f64 / r.full.done.len() as f64)
+        })
+    });
 
     memory(scale, table, &mut rig, idle, answered)?;
     context.say(format!("{answered} tasks answered while timed"));
@@ -258,20 +265,10 @@ fn memory(
 
 fn latency(table: &mut Table, syncs: &Syncs, echo: &[Duration], low: &Seen, next: &Seen) {
     table.group("latency");
-    spread(
-        table,
-        "disk: 4 KiB appended, fdatasync",
-        &syncs.appended,
-        None,
-    );
-    spread(
-        table,
-        "disk: 4 KiB in place, fdatasync",
-        &syncs.in_place,
-        None,
-    );
-    spread(table, "broker: to self and back", echo, None);
-    spread(table, "accepted, one task at a time", &low.accepted, None);
+    spread(table, "disk: 4 KiB appended, fdatasync", &syncs.appended);
+    spread(table, "disk: 4 KiB in place, fdatasync", &syncs.in_place);
+    spread(table, "broker: to self and back", echo);
+    spread(table, "accepted, one task at a time", &low.accepted);
     let median = |of: &[Duration]| Spread::of(of).map(|s| s.median);
     let overhead = |of: &[Duration]| Some(median(of)? - median(&syncs.appended)?);
     let over = overhead(&low.accepted);
@@ -279,24 +276,18 @@ fn latency(table: &mut Table, syncs: &Syncs, echo: &[Duration], low: &Seen, next
     table.hold("that less an appended fdatasync", "ms", over, target);
     let rest = over.and_then(|over| Some(over - 2.0 * median(echo)?));
     table.say("and less two round trips of the broker", "ms", rest);
-    spread(table, "answer, one task at a time", &low.done, None);
+    spread(table, "answer, one task at a time", &low.done);
     spread(
         table,
         "accepted, each right after an answer",
         &next.accepted,
-        None,
     );
 }
 
-/// Median and 99th percentile, the target for the latter.
-fn spread(table: &mut Table, name: &str, timings: &[Duration], p99: Option<Target>) {
+fn spread(table: &mut Table, name: &str, timings: &[Duration]) {
     let spread = Spread::of(timings);
     table.say(format!("{name}: median"), "ms", spread.map(|s| s.median));
-    let (name, value) = (format!("{name}: p99"), spread.map(|s| s.p99));
-    match p99 {
-        None => table.say(name, "ms", value),
-        Some(target) => table.hold(name, "ms", value, target),
-    }
+    table.say(format!("{name}: p99"), "ms", spread.map(|s| s.p99));
 }
 
 /// Flash, counted by the shim, which costs some time: an agent of its own.
@@ -328,7 +319,8 @@ fn counted(scale: &Scale, folder: &Path, broker: &str, table: &mut Table) -> Res
     std::thread::sleep(scale.idle.min(Duration::from_secs(7)));
     let syncs = rig.syncs() - before;
     table.group("flash, one task a second");
-    written(table, io_since(io, rig.pid()), slow.done.len());
+    let io = io_since(io, rig.pid());
+    written(table, |of| Some(of(io?) as f64 / slow.done.len() as f64));
     let each = syncs as f64 / slow.done.len() as f64;
     table.hold("syncs", "a task", each, Target::AtMost(3.0));
 
@@ -349,13 +341,9 @@ fn counted(scale: &Scale, folder: &Path, broker: &str, table: &mut Table) -> Res
     Ok(())
 }
 
-fn written(table: &mut Table, io: Option<Io>, tasks: usize) {
-    let each = |of: fn(Io) -> u64| io.map(|io| of(io) as f64 / tasks as f64);
-    table.say(
-        "to the disk (write_bytes)",
-        "bytes/task",
-        each(|io| io.write_bytes),
-    );
+fn written(table: &mut Table, each: impl Fn(fn(Io) -> u64) -> Option<f64>) {
+    let bytes = each(|io| io.write_bytes);
+    table.say("to the disk (write_bytes)", "bytes/task", bytes);
     table.say("to write calls (wchar)", "bytes/task", each(|io| io.wchar));
 }
 
