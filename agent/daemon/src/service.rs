@@ -91,7 +91,7 @@ impl Service {
         }
     }
 
-    /// Watches the model's thread, of which a step may take `times` the watchdog's period.
+    /// Watches the model's thread, of which a step may take `times` half of the watchdog's time.
     pub fn steps(&mut self, times: u32) -> Pulse {
         let patience = self.period.map_or(Duration::MAX, |period| period * times);
         let pulse = Pulse::new(patience);

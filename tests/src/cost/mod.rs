@@ -269,12 +269,12 @@ fn latency(table: &mut Table, syncs: &Syncs, echo: &[Duration], low: &Seen, next
     spread(table, "disk: 4 KiB in place, fdatasync", &syncs.in_place);
     spread(table, "broker: to self and back", echo);
     spread(table, "accepted, one task at a time", &low.accepted);
-    let median = |of: &[Duration]| Spread::of(of).map(|s| s.median);
-    let overhead = |of: &[Duration]| Some(median(of)? - median(&syncs.appended)?);
-    let over = overhead(&low.accepted);
+    let middle = |of: &[Duration]| Spread::of(of).map(|s| s.median);
+    let over = middle(&low.accepted).zip(middle(&syncs.appended));
+    let over = over.map(|(accepted, disk)| accepted - disk);
     let target = Target::AtMost(3.0);
     table.hold("that less an appended fdatasync", "ms", over, target);
-    let rest = over.and_then(|over| Some(over - 2.0 * median(echo)?));
+    let rest = over.and_then(|over| Some(over - 2.0 * middle(echo)?));
     table.say("and less two round trips of the broker", "ms", rest);
     spread(table, "answer, one task at a time", &low.done);
     spread(

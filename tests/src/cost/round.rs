@@ -53,18 +53,19 @@ impl Round {
 fn rated(rig: &mut Rig, pace: Pace, time: Duration) -> (Seen, f64) {
     let began = Instant::now();
     let seen = rig.all(pace, time);
-    let rate = seen.done.len() as f64 / began.elapsed().as_secs_f64();
+    let took = seen.last_done.map_or(time, |last| last - began);
+    let rate = seen.done.len() as f64 / took.as_secs_f64();
     (seen, rate)
 }
 
 /// The median of the rounds.
-pub(super) fn median(rounds: &[Round], of: impl Fn(&Round) -> Option<f64>) -> Option<f64> {
+pub(super) fn median<T>(rounds: &[T], of: impl Fn(&T) -> Option<f64>) -> Option<f64> {
     let mut values: Vec<f64> = rounds.iter().map(of).collect::<Option<_>>()?;
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }
 
-/// The median round's median and 99th percentile, the target for the latter, and the worst round's.
+/// The rounds' median and 99th percentile, with the target for the latter, and the worst of these if there are several.
 pub(super) fn spreads(
     table: &mut Table,
     name: &str,
@@ -72,21 +73,18 @@ pub(super) fn spreads(
     of: fn(&Round) -> &Vec<Duration>,
     p99: Option<Target>,
 ) {
-    let spread = |round: &Round| Spread::of(of(round));
-    let value = median(rounds, |round| Some(spread(round)?.median));
+    let spreads: Option<Vec<Spread>> = rounds.iter().map(|round| Spread::of(of(round))).collect();
+    let spreads = spreads.unwrap_or_default();
+    let value = median(&spreads, |spread| Some(spread.median));
     table.say(format!("{name}: median"), "ms", value);
-    let (name, value) = (
-        format!("{name}: p99"),
-        median(rounds, |round| Some(spread(round)?.p99)),
-    );
+    let name = format!("{name}: p99");
+    let value = median(&spreads, |spread| Some(spread.p99));
     match p99 {
         None => table.say(&name, "ms", value),
         Some(target) => table.hold(&name, "ms", value, target),
     }
-    let worst = rounds.iter().filter_map(|round| Some(spread(round)?.p99));
-    table.say(
-        format!("{name}, of the worst round"),
-        "ms",
-        worst.reduce(f64::max),
-    );
+    if rounds.len() > 1 {
+        let worst = spreads.iter().map(|spread| spread.p99).reduce(f64::max);
+        table.say(format!("{name}, of the worst round"), "ms", worst);
+    }
 }

@@ -35,6 +35,8 @@ pub(super) struct Seen {
     pub(super) accepted: Vec<Duration>,
     /// From publishing to the answer.
     pub(super) done: Vec<Duration>,
+    /// When the last answer came. What never ends is waited for beyond it.
+    pub(super) last_done: Option<Instant>,
     pub(super) refused: usize,
     /// Ended in another way, or not at all.
     pub(super) lost: usize,
@@ -44,6 +46,7 @@ impl Seen {
     pub(super) fn add(&mut self, other: Self) {
         self.accepted.extend(other.accepted);
         self.done.extend(other.done);
+        self.last_done = self.last_done.max(other.last_done);
         self.refused += other.refused;
         self.lost += other.lost;
     }
@@ -220,7 +223,10 @@ impl Sender {
                 return false;
             }
             Kind::Echo => self.seen.accepted.push(latency),
-            Kind::Done => self.seen.done.push(latency),
+            Kind::Done => {
+                self.seen.done.push(latency);
+                self.seen.last_done = Some(arrival.at);
+            }
             Kind::Refused => {
                 self.seen.refused += 1;
                 self.pause = Some(Instant::now() + STAND_BACK);

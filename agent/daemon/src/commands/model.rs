@@ -5,7 +5,7 @@ use millwright_engine::{Engine, KvPrecision, Options, PlanChoice};
 use std::env;
 use std::path::{Path, PathBuf};
 
-/// What the agent takes beside the model, measured: programs' pages in use, and heap after 150,000 tasks (tests/cost). Its bounds
+/// What the agent takes beside the model, measured: programs' pages in use, and heap after 500,000 tasks (tests/cost). Its bounds
 /// (task/src/limits.rs) add up to three times that, which a flood of the largest tasks takes.
 pub(super) const PROCESS_BYTES: u64 = 32_000_000;
 /// Bytes in a megabyte.
