@@ -14,7 +14,7 @@ use crate::crash;
 use anyhow::{Context, Result, bail};
 use millwright_task::admission::Kept;
 use millwright_task::job::{Post, Ticket};
-use millwright_task::limits::JOURNAL_BATCH_BYTES;
+use millwright_task::limits::JOURNAL_UNKEPT_BYTES;
 use millwright_task::recall::Recalled;
 use millwright_task::wire::{Key, Reply, Task};
 use std::fs::{self, File};
@@ -132,16 +132,27 @@ impl Mark {
 /// What the writing thread tells.
 #[derive(Debug)]
 pub enum Written {
-    /// All up to the mark is on disk.
-    Kept(Mark),
+    /// All up to the mark is on disk, so many bytes more than before.
+    Kept { mark: Mark, bytes: usize },
     /// The disk refuses; it is tried again.
     Trouble(String),
 }
 
+/// What was noted between two calls of [`Journal::flush`], and is written in one commit.
 struct Batch {
     mark: Mark,
     changes: Vec<Change>,
+    bytes: usize,
     stamp: Stamp,
+}
+
+impl Batch {
+    /// Both in one commit.
+    fn join(&mut self, mut next: Self) {
+        self.changes.append(&mut next.changes);
+        self.bytes += next.bytes;
+        (self.mark, self.stamp) = (next.mark, next.stamp);
+    }
 }
 
 /// The noting end.
@@ -150,13 +161,15 @@ pub struct Journal {
     /// When the oldest of `changes` was noted.
     since: Option<Instant>,
     is_urgent: bool,
-    /// What `changes` take in memory, about.
+    /// What `changes` take in memory, about, and what all takes that is not on disk.
     bytes: usize,
+    unkept_bytes: usize,
     /// The batch that `changes` become, and the last one that is on disk.
     next: Mark,
     kept: Mark,
     written: Instant,
-    batches: Option<mpsc::Sender<Batch>>,
+    /// Bounded by [`Self::has_room`].
+    batches: Option<mpsc::UnboundedSender<Batch>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -170,7 +183,7 @@ impl Journal {
         File::open(state_dir)
             .and_then(|folder| folder.sync_all())
             .with_context(|| format!("the folder {} can't be written", state_dir.display()))?;
-        let (batches, batches_rx) = mpsc::channel(1);
+        let (batches, batches_rx) = mpsc::unbounded_channel();
         let (written, written_rx) = mpsc::channel(4);
         let thread = std::thread::Builder::new()
             .name("journal".into())
@@ -181,6 +194,7 @@ impl Journal {
             since: None,
             is_urgent: false,
             bytes: 0,
+            unkept_bytes: 0,
             next: Mark(1),
             kept: Mark(0),
             written: Instant::now(),
@@ -195,6 +209,7 @@ impl Journal {
         self.is_urgent |= !change.is_leisurely();
         self.since.get_or_insert_with(Instant::now);
         self.bytes += change.bytes();
+        self.unkept_bytes += change.bytes();
         self.changes.push(change);
     }
 
@@ -205,11 +220,7 @@ impl Journal {
 
     /// Whether more may be noted: no more than so much waits for a disk that is slow or refuses.
     pub fn has_room(&self) -> bool {
-        self.bytes < JOURNAL_BATCH_BYTES
-    }
-
-    fn is_free(&self) -> bool {
-        self.kept.0 + 1 == self.next.0
+        self.unkept_bytes < JOURNAL_UNKEPT_BYTES
     }
 
     /// The place before which all is on disk.
@@ -219,36 +230,37 @@ impl Journal {
 
     /// Whether nothing waits to be written.
     pub fn is_settled(&self) -> bool {
-        self.changes.is_empty() && self.is_free()
+        self.changes.is_empty() && self.kept.0 + 1 == self.next.0
     }
 
-    /// Hands over what was noted, if the thread is free and somebody waits for it, or it has waited long enough.
+    /// Hands over what was noted, if somebody waits for it, or it has waited long enough.
     pub fn flush(&mut self, stamp: impl FnOnce() -> Stamp, hurry: bool) {
         let is_late = self.since.is_some_and(|since| since.elapsed() > LEISURE);
         let is_due = self.is_urgent
             || is_late
             || hurry && !self.changes.is_empty()
             || self.written.elapsed() > STAMP;
-        if !self.is_free() || !is_due {
+        if !is_due {
             return;
         }
         let batch = Batch {
             mark: self.next,
             changes: std::mem::take(&mut self.changes),
+            bytes: std::mem::take(&mut self.bytes),
             stamp: stamp(),
         };
-        // One at a time, so that there is room; without the thread nothing is ever kept, and the agent ends.
-        let _ = self.batches.as_ref().map(|batches| batches.try_send(batch));
+        // Without the thread nothing is ever kept, and the agent ends.
+        let _ = self.batches.as_ref().map(|batches| batches.send(batch));
         self.next.0 += 1;
-        self.bytes = 0;
         self.written = Instant::now();
         self.since = None;
         self.is_urgent = false;
     }
 
-    /// A batch is on disk.
-    pub fn keep(&mut self, mark: Mark) {
+    /// All up to the mark is on disk, so many bytes more than before.
+    pub fn keep(&mut self, mark: Mark, bytes: usize) {
         self.kept = self.kept.max(mark);
+        self.unkept_bytes = self.unkept_bytes.saturating_sub(bytes);
     }
 }
 
@@ -302,11 +314,19 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// Writes batches until nobody makes any.
-fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Sender<Written>) {
+/// Writes batches until nobody makes any: in one commit all that is there when it is due, so that nothing waits for more than
+/// one pause.
+fn keep(
+    mut store: Store,
+    mut batches: mpsc::UnboundedReceiver<Batch>,
+    written: &mpsc::Sender<Written>,
+) {
     // When the next write is due at an even pace: a bucket of tokens, told by one time.
     let mut due = Instant::now();
-    while let Some(batch) = batches.blocking_recv() {
+    while let Some(mut batch) = batches.blocking_recv() {
+        while let Ok(next) = batches.try_recv() {
+            batch.join(next);
+        }
         let earliest = Instant::now().checked_sub(PACE * BURST);
         due = earliest.map_or(due, |earliest| due.max(earliest)) + PACE;
         crash::point("before-commit");
@@ -319,7 +339,11 @@ fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Se
             sleep(RETRY);
         }
         crash::point("after-commit");
-        if written.blocking_send(Written::Kept(batch.mark)).is_err() {
+        let Batch { mark, bytes, .. } = batch;
+        if written
+            .blocking_send(Written::Kept { mark, bytes })
+            .is_err()
+        {
             return;
         }
         sleep(due.saturating_duration_since(Instant::now()));

@@ -77,12 +77,11 @@ pub const OUTBOX_RESERVE_EVENTS: usize = 4;
 pub const INFLIGHT_MAX: usize = 16;
 /// Requests handed to the MQTT client and not yet written.
 pub const REQUESTS_MAX: usize = 64;
-/// Changes gathered for the journal while it writes the ones before; beyond, no message is taken in. Answers of those that run
-/// come on top.
-pub const JOURNAL_BATCH_BYTES: usize = 4 * MIB;
-/// The batch that is gathered, the one that is written, and the pages it is written into.
+/// Changes that are not on disk; beyond, no message is taken in. Answers of those that run come on top.
+pub const JOURNAL_UNKEPT_BYTES: usize = 4 * MIB;
+/// Those changes, and the pages they are written into.
 pub const JOURNAL_BYTES_MAX: usize =
-    3 * (JOURNAL_BATCH_BYTES + RUNNING_TASKS_MAX * ANSWER_BYTES_MAX) + JOURNAL_CACHE_BYTES;
+    2 * (JOURNAL_UNKEPT_BYTES + RUNNING_TASKS_MAX * ANSWER_BYTES_MAX) + JOURNAL_CACHE_BYTES;
 pub const JOURNAL_CACHE_BYTES: usize = 2 * MIB;
 /// Events from the model's thread to the agent.
 pub const WORKER_EVENTS_MAX: usize = 256;
@@ -113,7 +112,7 @@ pub const MEMORY_BYTES_MAX: usize = (1 + TOKEN_BYTES) * QUEUE_BYTES_MAX
     + WORKER_EVENTS_MAX * KIB;
 
 const _: () = assert!(
-    MEMORY_BYTES_MAX <= 112 * MIB,
+    MEMORY_BYTES_MAX <= 106 * MIB,
     "the bounds add up to more than the budget"
 );
 const _: () =

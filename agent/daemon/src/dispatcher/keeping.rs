@@ -53,8 +53,8 @@ impl<P: Prepare> Dispatcher<P> {
     /// The journal's thread wrote, or could not.
     pub fn on_written(&mut self, written: Written) {
         match written {
-            Written::Kept(mark) => {
-                self.parts.journal.keep(mark);
+            Written::Kept { mark, bytes } => {
+                self.parts.journal.keep(mark, bytes);
                 if self.trouble.take().is_some() {
                     tracing::info!("the journal can be written again");
                     self.alarms.clear(Alarm::Journal);
