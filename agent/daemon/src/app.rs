@@ -167,6 +167,8 @@ where
         Ok(()) => agent.say_goodbye(State::Offline, "shut down"),
         Err(e) => agent.say_goodbye(State::Degraded, &e.to_string()),
     }
+    // What was noted last is written without a broker, too.
+    agent.pump();
     let goodbye = async {
         while !agent.is_flushed() && link.is_online() {
             agent.pump();

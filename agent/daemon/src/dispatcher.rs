@@ -404,6 +404,7 @@ impl<P: Prepare> Dispatcher<P> {
     pub fn pump(&mut self) {
         let now = self.parts.clock.now();
         while self.outbox.has_room()
+            && self.parts.journal.has_room()
             && !self.is_draining
             && let Some((ticket, (work, seed), times)) = self.admission.next(now)
         {

@@ -31,6 +31,8 @@ const PACE: Duration = Duration::from_millis(5);
 const BURST: u32 = 10;
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);
+/// Batches that wait for the thread; what comes then is gathered in one.
+const BATCHES_MAX: usize = 256;
 /// What a change takes beside its payload.
 const CHANGE_BYTES: usize = 1024;
 /// The gateway's own time is written at least so often.
@@ -138,7 +140,7 @@ pub enum Written {
     Trouble(String),
 }
 
-/// What was noted between two calls of [`Journal::flush`], and is written in one commit.
+/// What was handed over together. Those that wait are joined, and written in one commit.
 struct Batch {
     mark: Mark,
     changes: Vec<Change>,
@@ -147,7 +149,6 @@ struct Batch {
 }
 
 impl Batch {
-    /// Both in one commit.
     fn join(&mut self, mut next: Self) {
         self.changes.append(&mut next.changes);
         self.bytes += next.bytes;
@@ -168,8 +169,7 @@ pub struct Journal {
     next: Mark,
     kept: Mark,
     written: Instant,
-    /// Bounded by [`Self::has_room`].
-    batches: Option<mpsc::UnboundedSender<Batch>>,
+    batches: Option<mpsc::Sender<Batch>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -183,7 +183,7 @@ impl Journal {
         File::open(state_dir)
             .and_then(|folder| folder.sync_all())
             .with_context(|| format!("the folder {} can't be written", state_dir.display()))?;
-        let (batches, batches_rx) = mpsc::unbounded_channel();
+        let (batches, batches_rx) = mpsc::channel(BATCHES_MAX);
         let (written, written_rx) = mpsc::channel(4);
         let thread = std::thread::Builder::new()
             .name("journal".into())
@@ -233,14 +233,16 @@ impl Journal {
         self.changes.is_empty() && self.kept.0 + 1 == self.next.0
     }
 
-    /// Hands over what was noted, if somebody waits for it, or it has waited long enough.
+    /// Hands over what was noted, if somebody waits for it, or it has waited long enough, or is much.
     pub fn flush(&mut self, stamp: impl FnOnce() -> Stamp, hurry: bool) {
         let is_late = self.since.is_some_and(|since| since.elapsed() > LEISURE);
         let is_due = self.is_urgent
             || is_late
+            || self.bytes >= JOURNAL_UNKEPT_BYTES
             || hurry && !self.changes.is_empty()
             || self.written.elapsed() > STAMP;
-        if !is_due {
+        let Some(batches) = &self.batches else { return };
+        if !is_due || batches.capacity() == 0 {
             return;
         }
         let batch = Batch {
@@ -250,7 +252,7 @@ impl Journal {
             stamp: stamp(),
         };
         // Without the thread nothing is ever kept, and the agent ends.
-        let _ = self.batches.as_ref().map(|batches| batches.send(batch));
+        let _ = batches.try_send(batch);
         self.next.0 += 1;
         self.written = Instant::now();
         self.since = None;
@@ -260,7 +262,7 @@ impl Journal {
     /// All up to the mark is on disk, so many bytes more than before.
     pub fn keep(&mut self, mark: Mark, bytes: usize) {
         self.kept = self.kept.max(mark);
-        self.unkept_bytes = self.unkept_bytes.saturating_sub(bytes);
+        self.unkept_bytes -= bytes;
     }
 }
 
@@ -316,11 +318,7 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 
 /// Writes batches until nobody makes any: in one commit all that is there when it is due, so that nothing waits for more than
 /// one pause.
-fn keep(
-    mut store: Store,
-    mut batches: mpsc::UnboundedReceiver<Batch>,
-    written: &mpsc::Sender<Written>,
-) {
+fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Sender<Written>) {
     // When the next write is due at an even pace: a bucket of tokens, told by one time.
     let mut due = Instant::now();
     while let Some(mut batch) = batches.blocking_recv() {
@@ -340,12 +338,8 @@ fn keep(
         }
         crash::point("after-commit");
         let Batch { mark, bytes, .. } = batch;
-        if written
-            .blocking_send(Written::Kept { mark, bytes })
-            .is_err()
-        {
-            return;
-        }
+        // Also when nobody listens any more: what was handed over is written.
+        let _ = written.blocking_send(Written::Kept { mark, bytes });
         sleep(due.saturating_duration_since(Instant::now()));
     }
 }
