@@ -89,6 +89,9 @@ pub fn run(options: &Options) -> Result<bool, String> {
     let (last, peak) = stage.finish();
     let mut all = verdict;
     all.add(last);
+    if peak == 0 {
+        all.violate("the agent's highest memory was never read".into());
+    }
 
     let report = report(options, total, &state, &diary, &all, (left, peak));
     let svg = plot::draw(&diary, &format!("{} of soaking", length(total)));
@@ -104,9 +107,10 @@ fn plant(options: &Options, state: &Path, shim: &Shim) -> Plant {
     plant.load = load(options, 0);
     plant.setup.state_dir = Some(state.to_owned());
     plant.setup.env = shim.env(false);
-    // A line a task would be gigabytes.
-    let quiet = ("MILLWRIGHT_LOG".to_owned(), "warn".to_owned());
-    plant.setup.env.push(quiet);
+    // A line a task would be gigabytes. That the model is ready is what memory is counted from.
+    let quiet = "warn,millwright::dispatcher::modelling=info";
+    let log = ("MILLWRIGHT_LOG".to_owned(), quiet.to_owned());
+    plant.setup.env.push(log);
     plant
 }
 
