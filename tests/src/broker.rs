@@ -183,8 +183,8 @@ fn configuration(
     let at = |name: &str| folder.join(name).display().to_string();
     // Without `user`, a mosquitto started by root could not read its files here.
     let mut text = format!(
-        "user root\n{persistence}persistence_location {}/\nlog_dest file {}\n{lines}\
-         max_queued_messages 1000\nmax_packet_size 1048576\nlistener {port} 127.0.0.1\n",
+        "user root\n{persistence}persistence_location {}/\nlog_dest file {}\n\
+         max_queued_messages 1000\nmax_packet_size 1048576\n{lines}listener {port} 127.0.0.1\n",
         folder.display(),
         at("mosquitto.log"),
     );

@@ -1,7 +1,7 @@
 //! The agent's life beside its tasks: state and will, broker restarts, cancels that overtake, a full queue,
 //! the drain. With the tiny model.
 
-use millwright_tests::{Agent, BASE, Broker, Client, Setup};
+use millwright_tests::{Agent, BASE, Broker, Client, Message, Setup};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -27,7 +27,17 @@ fn a_gateway_shows_its_state_card_and_health() {
     console.subscribe(&format!("{BASE}/health"));
     let topic = format!("{BASE}/health");
     let health = console.next("a health sample", |m| m.topic == topic);
-    assert!(!health.retain && health.json().is_object());
+    assert!(!health.retain);
+    assert!(health.json()["estimate_error"].is_null(), "{health:?}");
+    // How far its estimates were, once there were any.
+    for n in 0..12 {
+        let id = format!("t-{n}");
+        console.generate(&id, 8);
+        assert_eq!(console.outcome(&id)["event"], "done");
+    }
+    let is_judged = |m: &Message| m.topic == topic && m.json()["estimate_error"].is_f64();
+    let error = console.next("an estimate's error", is_judged).json()["estimate_error"].clone();
+    assert!(error.as_f64().is_some_and(|e| e >= 0.0), "{error}");
 }
 
 #[test]

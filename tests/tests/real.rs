@@ -88,6 +88,30 @@ fn running_and_waiting_tasks_can_be_cancelled() {
 }
 
 #[test]
+fn a_prompt_that_is_read_can_be_cancelled() {
+    let (_broker, _agent, mut mes) = started(Setup {
+        model: "slots = 1".into(),
+        ..Setup::default()
+    });
+    // Read for ten seconds and more, for which no event comes.
+    let prompt = "1, 2, 3, 4, 5, 6, 7, 8, ".repeat(250);
+    let task = json!({ "id": "read", "kind": "generate", "prompt": prompt, "max_tokens": 1 });
+    mes.task(&task);
+    mes.event("read", "started");
+    let asked = Instant::now();
+    mes.cancel("read");
+    let cancelled = mes.event("read", "cancelled");
+    assert!(
+        asked.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert_eq!(cancelled["text"], "", "{cancelled}");
+    mes.generate("next", 4);
+    assert_eq!(mes.outcome("next")["event"], "done");
+}
+
+#[test]
 fn a_task_stops_at_its_deadline_with_what_it_has() {
     let (_broker, _agent, mut mes) = started(Setup::default());
     let began = Instant::now();

@@ -23,6 +23,8 @@ pub enum Alarm {
     Pool,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
+    /// Another client came under this gateway's client id.
+    Session,
     /// A certificate ends soon, or what was renewed can't be used.
     Certificate,
     /// The machine is hard pressed, and the agent does less.
@@ -30,12 +32,13 @@ pub enum Alarm {
 }
 
 impl Alarm {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Model,
         Self::Journal,
         Self::Subscription,
         Self::Pool,
         Self::Undeliverable,
+        Self::Session,
         Self::Certificate,
         Self::Pressed(Cause::Temperature),
         Self::Pressed(Cause::Throttling),
@@ -51,6 +54,7 @@ impl Alarm {
             Self::Subscription => "subscription",
             Self::Pool => "pool",
             Self::Undeliverable => "undeliverable",
+            Self::Session => "session",
             Self::Certificate => "certificate",
             Self::Pressed(Cause::Temperature) => "temperature",
             Self::Pressed(Cause::Throttling) => "throttling",
@@ -107,9 +111,11 @@ impl Alarms {
 
     /// Clears what has no end of its own and did not come again.
     pub fn pass(&mut self, now: Now) {
-        let raised = self.raised.get(&Alarm::Undeliverable);
-        if raised.is_some_and(|raised| now.own.saturating_sub(raised.last) > LINGER) {
-            self.clear(Alarm::Undeliverable);
+        for alarm in [Alarm::Undeliverable, Alarm::Session] {
+            let raised = self.raised.get(&alarm);
+            if raised.is_some_and(|raised| now.own.saturating_sub(raised.last) > LINGER) {
+                self.clear(alarm);
+            }
         }
     }
 
@@ -179,9 +185,13 @@ mod tests {
         alarms.raise(at(10), Alarm::Undeliverable, "the broker refused it");
         alarms.raise(at(20), Alarm::Undeliverable, "the broker refused it");
         assert_eq!(said(&mut alarms, 20), [("undeliverable", true, Some(2))]);
+        alarms.raise(at(30), Alarm::Session, "another client");
+        assert_eq!(said(&mut alarms, 30), [("session", true, Some(1))]);
         alarms.pass(at(3600));
         assert_eq!(said(&mut alarms, 3600), []);
         alarms.pass(at(3621));
         assert_eq!(said(&mut alarms, 3621), [("undeliverable", false, None)]);
+        alarms.pass(at(3631));
+        assert_eq!(said(&mut alarms, 3631), [("session", false, None)]);
     }
 }

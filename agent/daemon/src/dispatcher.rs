@@ -174,7 +174,8 @@ impl<P: Prepare> Dispatcher<P> {
                 self.connections += 1;
                 self.tally.reconnects = self.connections - 1;
                 tracing::info!("connected to the broker");
-                if !self.parts.link.subscribe(&self.filters(), false) {
+                let link = &self.parts.link;
+                if !link.subscribe(&self.filters(), false) && link.is_online() {
                     tracing::error!("the subscription could not be sent");
                 }
             }
@@ -196,9 +197,13 @@ impl<P: Prepare> Dispatcher<P> {
                 self.say_card();
                 self.alarms.repeat();
             }
-            Signal::Offline { reason } => {
+            Signal::Offline { reason, taken_over } => {
                 self.subscribed = false;
                 self.outbox.offline();
+                if taken_over {
+                    let now = self.parts.clock.now();
+                    self.alarms.raise(now, Alarm::Session, &reason.reason);
+                }
                 if reason.needs_help {
                     tracing::error!("{reason}");
                 } else {

@@ -25,9 +25,9 @@ use store::{OpenError, Store};
 use tokio::sync::mpsc;
 
 const FILE: &str = "journal.redb";
-/// Writes follow each other no faster in the long run: flash has so many in it.
-const PACE: Duration = Duration::from_millis(5);
-/// Writes that may follow each other at once after a pause, so that what a stall held up is caught up with.
+/// Writes in any second at most, for flash has so many in it; of these so many may follow each other at once after a pause,
+/// so that what a stall held up is caught up with.
+const WRITES_MAX: u32 = 200;
 const BURST: u32 = 10;
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);
@@ -319,14 +319,12 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 /// Writes batches until nobody makes any: in one commit all that is there when it is due, so that nothing waits for more than
 /// one pause.
 fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Sender<Written>) {
-    // When the next write is due at an even pace: a bucket of tokens, told by one time.
-    let mut due = Instant::now();
+    let mut pace = Pace::begin(Instant::now());
     while let Some(mut batch) = batches.blocking_recv() {
         while let Ok(next) = batches.try_recv() {
             batch.join(next);
         }
-        let earliest = Instant::now().checked_sub(PACE * BURST);
-        due = earliest.map_or(due, |earliest| due.max(earliest)) + PACE;
+        let next = pace.take(Instant::now());
         crash::point("before-commit");
         while let Err(e) = store.write(&batch.changes, &batch.stamp) {
             let trouble = Written::Trouble(e.to_string());
@@ -340,7 +338,31 @@ fn keep(mut store: Store, mut batches: mpsc::Receiver<Batch>, written: &mpsc::Se
         let Batch { mark, bytes, .. } = batch;
         // Also when nobody listens any more: what was handed over is written.
         let _ = written.blocking_send(Written::Kept { mark, bytes });
-        sleep(due.saturating_duration_since(Instant::now()));
+        sleep(next.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// A bucket of tokens for writes, told by one time.
+struct Pace {
+    /// When the next write would be due if they came evenly.
+    due: Instant,
+}
+
+impl Pace {
+    /// Of a second's writes one comes first and a burst right after it; the rest share what is left of it.
+    const STEP: Duration = Duration::from_secs(1)
+        .checked_div(WRITES_MAX - BURST - 1)
+        .unwrap();
+
+    fn begin(now: Instant) -> Self {
+        Self { due: now }
+    }
+
+    /// Counts a write, and says when the next may be.
+    fn take(&mut self, now: Instant) -> Instant {
+        let earliest = now.checked_sub(Self::STEP * BURST);
+        self.due = earliest.map_or(self.due, |earliest| self.due.max(earliest)) + Self::STEP;
+        self.due
     }
 }
 

@@ -13,7 +13,8 @@ use rumqttc::v5::mqttbytes::v5::PubAckReason;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The broker may refuse for a reason that passes; this often an event is tried.
+/// The broker may refuse for a reason that passes; this often an event is tried. One for which the broker's quota has no room
+/// now is tried until it has.
 const ATTEMPTS_MAX: u32 = 5;
 /// How long nothing is sent after such a refusal.
 const HOLD: Duration = Duration::from_secs(5);
@@ -193,10 +194,13 @@ impl Outbox {
                 | PubAckReason::PayloadFormatInvalid
         );
         let entry = &mut self.entries[at];
-        entry.attempts += 1;
+        entry.attempts += u32::from(why != PubAckReason::QuotaExceeded);
         if for_good || entry.attempts >= ATTEMPTS_MAX {
             let reason = format!("the broker refused it: {why:?}");
             return self.give_up(at, reason, true);
+        }
+        if now >= self.hold_until {
+            tracing::warn!("the broker refuses an event: {why:?}; nothing is sent for {HOLD:?}");
         }
         self.hold_until = now + HOLD;
         let entry = self.entries.remove(at)?;
@@ -416,11 +420,24 @@ mod tests {
             let wire = wire(9);
             outbox.pump(now, Mark::default(), &wire);
             let token = wire.seen.borrow()[0].0;
-            let lost = outbox.refused(now, token, PubAckReason::QuotaExceeded);
+            let lost = outbox.refused(now, token, PubAckReason::UnspecifiedError);
             assert_eq!(lost.is_some(), attempt == ATTEMPTS_MAX);
             outbox.pump(now, Mark::default(), &wire);
             assert_eq!(topics(&wire).len(), 1, "nothing goes out while it holds");
             now += HOLD;
+        }
+    }
+
+    #[test]
+    fn what_a_quota_has_no_room_for_waits_until_it_has() {
+        let mut outbox = Outbox::default();
+        push(&mut outbox, "a", 1);
+        for attempt in 0..100 {
+            let wire = wire(9);
+            outbox.pump(HOLD * attempt, Mark::default(), &wire);
+            let token = wire.seen.borrow()[0].0;
+            let lost = outbox.refused(HOLD * attempt, token, PubAckReason::QuotaExceeded);
+            assert_eq!((lost, outbox.depth()), (None, (1, 1)));
         }
     }
 

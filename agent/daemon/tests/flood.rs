@@ -108,7 +108,7 @@ async fn a_flood_is_taken_in_portions_and_in_order_and_nothing_is_lost() {
             signal = inbox.signals.recv() => match signal.unwrap() {
                 // Nothing is decided before nearly all has come.
                 Signal::Online => sent.recv().await.unwrap(),
-                Signal::Offline { reason } => {
+                Signal::Offline { reason, .. } => {
                     assert!(reason.reason.contains("more at once"), "{reason}");
                 }
                 other => panic!("{other:?}"),

@@ -351,6 +351,13 @@ impl Engine {
         (whole * self.quarters / 4).max(1)
     }
 
+    fn threads_for(&self, prompt_tokens: usize) -> usize {
+        match prompt_tokens {
+            0 => self.eased(self.threads.decode),
+            _ => self.eased(self.threads.prefill),
+        }
+    }
+
     /// Has the parts of each step told to this one from now on: for measuring.
     pub fn observe(&mut self, observer: Box<dyn Observer>) {
         self.forward.observe(observer);
@@ -366,10 +373,7 @@ impl Engine {
             return Ok(events);
         }
         self.logits.clear();
-        let threads = match prompts {
-            0 => self.eased(self.threads.decode),
-            _ => self.eased(self.threads.prefill),
-        };
+        let threads = self.threads_for(prompts);
         self.forward
             .forward(&self.batch, threads, &mut self.logits)
             .map_err(|e| StepError::Forward(format!("{e:#}")))?;

@@ -65,7 +65,8 @@ pub(super) fn median<T>(rounds: &[T], of: impl Fn(&T) -> Option<f64>) -> Option<
     values.get(values.len() / 2).copied()
 }
 
-/// The rounds' median and 99th percentile, with the target for the latter, and the worst of these if there are several.
+/// The rounds' median and 99th percentile, with the target for the latter; if there are several, that of the worst and of
+/// all together, too.
 pub(super) fn spreads(
     table: &mut Table,
     name: &str,
@@ -86,5 +87,8 @@ pub(super) fn spreads(
     if rounds.len() > 1 {
         let worst = spreads.iter().map(|spread| spread.p99).reduce(f64::max);
         table.say(format!("{name}, of the worst round"), "ms", worst);
+        let all: Vec<Duration> = rounds.iter().flat_map(of).copied().collect();
+        let value = Spread::of(&all).map(|spread| spread.p99);
+        table.say(format!("{name}, of all rounds together"), "ms", value);
     }
 }

@@ -3,7 +3,7 @@
 use super::access::Access;
 use super::inbox::Intake;
 use super::link::Link;
-use super::reasons::{explain, is_refusal, is_taken_over};
+use super::reasons::{explain, is_closed, is_refusal, is_taken_over};
 use super::{Lost, Settings, Signal, options};
 use crate::clock::{latest, random};
 use millwright_task::limits::INFLIGHT_MAX;
@@ -12,7 +12,7 @@ use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, Packet, PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
 };
-use rumqttc::v5::{Event, EventLoop, MqttState};
+use rumqttc::v5::{ConnectionError, Event, EventLoop, MqttState};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -24,6 +24,9 @@ const BACKOFF_RENEWED: Duration = Duration::from_secs(4);
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
 /// A connection that lasted this long was a good one: the next attempt follows quickly.
 const STEADY: Duration = Duration::from_secs(20);
+/// So many that were closed before that, one after the other and without a word, have a cause: mosquitto 2.0.11 says nothing to
+/// whom it throws out for another client of the same id.
+const CUTS_SUSPECT: u32 = 3;
 /// How long the client may take for one step beyond two keep-alives: a broker that reads nothing blocks it for good.
 const STUCK: Duration = Duration::from_mins(3);
 /// How long a broker may take to confirm the subscription.
@@ -49,6 +52,8 @@ pub struct Poller {
     /// `host:port`, for sentences.
     place: String,
     backoff: Duration,
+    /// Connections that the broker closed soon after it had taken us in, one after the other.
+    cuts: u32,
     /// When the broker took us in, while it has us.
     since: Option<Instant>,
     looked: Instant,
@@ -80,6 +85,7 @@ impl Poller {
             settings: settings.clone(),
             place,
             backoff: BACKOFF_FIRST,
+            cuts: 0,
             since: None,
             looked: Instant::now(),
             reading: None,
@@ -93,7 +99,7 @@ impl Poller {
     /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
     pub async fn run(mut self) {
         loop {
-            let mut taken_over = false;
+            let (mut taken_over, mut suspected) = (false, false);
             let renewed = self.look().await;
             if self.say_complaint().await.is_err() {
                 return;
@@ -120,8 +126,13 @@ impl Poller {
                 }
                 Some(Ok(Err(error))) => {
                     taken_over = is_taken_over(&error);
+                    suspected = self.is_cut_again(&error);
                     let is_new = self.since.is_none();
-                    let lost = explain(&error, &self.place, &self.settings.access, is_new);
+                    let lost = if suspected {
+                        self.rivalled()
+                    } else {
+                        explain(&error, &self.place, &self.settings.access, is_new)
+                    };
                     if is_new && is_refusal(&error) {
                         self.settings.access.refused();
                     }
@@ -141,12 +152,12 @@ impl Poller {
                     // The other one does the same when we come back: no quick fight over the session.
                     self.backoff = BACKOFF_LAST;
                 }
-                if self.link.lock().closing
-                    || self.signals.send(Signal::Offline { reason }).await.is_err()
-                {
+                let taken_over = taken_over || suspected;
+                let signal = Signal::Offline { reason, taken_over };
+                if self.link.lock().closing || self.signals.send(signal).await.is_err() {
                     return;
                 }
-                tokio::time::sleep(self.pause()).await;
+                tokio::time::sleep(pause(&mut self.backoff)).await;
             }
         }
     }
@@ -351,6 +362,24 @@ impl Poller {
         }
     }
 
+    /// Counts a connection that was closed without a word soon after it began; whether that happens again and again.
+    fn is_cut_again(&mut self, error: &ConnectionError) -> bool {
+        let is_cut = is_closed(error) && self.since.is_some_and(|since| since.elapsed() < STEADY);
+        self.cuts = if is_cut { self.cuts + 1 } else { 0 };
+        self.cuts >= CUTS_SUSPECT
+    }
+
+    fn rivalled(&self) -> Lost {
+        Lost {
+            reason: format!(
+                "the broker at {} took us in and closed the connection soon after, {} times by now: another client may \
+                 connect under this client id; each gateway needs its own",
+                self.place, self.cuts
+            ),
+            needs_help: true,
+        }
+    }
+
     fn stuck(&self) -> Lost {
         Lost {
             reason: format!("the broker at {} reads nothing any more", self.place),
@@ -378,11 +407,32 @@ impl Poller {
             needs_help: false,
         }
     }
+}
 
-    /// The time to wait now: twice as long each time, and never the same for a hundred gateways at once.
-    fn pause(&mut self) -> Duration {
-        let full = self.backoff;
-        self.backoff = (full * 2).min(BACKOFF_LAST);
-        full / 2 + full.mul_f64((random() % 1000) as f64 / 2000.0)
+/// The time to wait now: twice as long each time, and never the same for a hundred gateways at once.
+fn pause(backoff: &mut Duration) -> Duration {
+    let full = *backoff;
+    *backoff = (full * 2).min(BACKOFF_LAST);
+    full / 2 + full.mul_f64((random() % 1000) as f64 / 2000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn pauses_double_up_to_a_bound_and_differ_between_gateways() {
+        let mut pauses = HashSet::new();
+        for _gateway in 0..20 {
+            let mut backoff = BACKOFF_FIRST;
+            for n in 0..12 {
+                let full = (BACKOFF_FIRST * 2u32.pow(n)).min(BACKOFF_LAST);
+                let pause = pause(&mut backoff);
+                assert!(pause >= full / 2 && pause < full, "{pause:?} of {full:?}");
+                pauses.insert(pause);
+            }
+        }
+        assert!(pauses.len() > 100, "{}", pauses.len());
     }
 }

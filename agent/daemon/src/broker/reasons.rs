@@ -128,7 +128,7 @@ fn tls_error(error: &ConnectionError) -> Option<&Tls> {
 }
 
 /// Whether the other end closed the connection, in whatever way.
-fn is_closed(error: &ConnectionError) -> bool {
+pub(super) fn is_closed(error: &ConnectionError) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     if let ConnectionError::MqttState(StateError::ConnectionAborted) = error {
         return true;

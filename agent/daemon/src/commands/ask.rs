@@ -319,6 +319,7 @@ impl Asking {
             }
             Signal::Offline {
                 reason: Lost { reason, needs_help },
+                ..
             } => {
                 ensure!(!needs_help && self.phase != Phase::Connecting, "{reason}");
                 self.screen.status(&format!("{reason}; connecting again"));

@@ -27,7 +27,7 @@ impl<P: Prepare> Dispatcher<P> {
                 self.alarms.clear(Alarm::Pool);
                 self.judge_subscriptions();
             }
-            Signal::Offline { reason } => pool.offline(now, reason),
+            Signal::Offline { reason, .. } => pool.offline(now, reason),
             // Nothing is published there, and the files are the other connection's too, which tells of them.
             Signal::Delivered(_) | Signal::Refused(..) | Signal::Access(_) => {}
         }

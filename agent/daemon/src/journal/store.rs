@@ -190,9 +190,12 @@ fn read(database: &Database) -> Result<Past, OpenError> {
 fn version(database: &Database) -> Result<u32, redb::Error> {
     let transaction = database.begin_write()?;
     let known = {
+        let is_new = transaction.list_tables()?.next().is_none();
         let mut meta = transaction.open_table(META)?;
         let known = meta.get(FORMAT)?.map(|v| v.value().to_vec());
         let version = known.map(|bytes| bytes.try_into().map_or(0, u32::from_le_bytes));
+        // Another program's tables are none of ours.
+        let version = version.or((!is_new).then_some(0));
         if version.is_none() {
             meta.insert(FORMAT, FORMAT_VERSION.to_le_bytes().as_slice())?;
             transaction.open_table(TASKS)?;

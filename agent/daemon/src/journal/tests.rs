@@ -285,6 +285,28 @@ fn a_batch_is_written_whole_and_in_order() {
 }
 
 #[test]
+fn no_second_has_more_writes_than_flash_is_to_take() {
+    let began = Instant::now();
+    let mut pace = Pace::begin(began);
+    let (mut now, mut writes) = (began, Vec::new());
+    // One after the other as fast as may be, with pauses now and then after which several may follow at once.
+    for n in 0..5_000u64 {
+        let next = pace.take(now);
+        writes.push(now);
+        now = now.max(next);
+        if n % 997 == 0 {
+            now += Duration::from_millis(n % 400);
+        }
+    }
+    let within = |from: usize| {
+        let end = writes[from] + Duration::from_secs(1);
+        writes[from..].iter().take_while(|at| **at < end).count()
+    };
+    let most = (0..writes.len()).map(within).max();
+    assert_eq!(most, Some(WRITES_MAX as usize));
+}
+
+#[test]
 fn what_is_no_journal_is_set_aside_with_a_name() {
     let names = |folder: &Path| {
         let mut names: Vec<_> = fs::read_dir(folder)
@@ -308,8 +330,20 @@ fn what_is_no_journal_is_set_aside_with_a_name() {
     Journal::open(folder.path()).unwrap();
     assert_eq!(names(folder.path()).len(), 3);
 
-    // Damage wherever it is: an error or the rows as they were, never a panic.
-    for seed in 0..60u64 {
+    // Another program's database.
+    fs::remove_file(&path).unwrap();
+    let other = redb::Database::create(&path).unwrap();
+    let transaction = other.begin_write().unwrap();
+    let table = redb::TableDefinition::<u64, u64>::new("theirs");
+    transaction.open_table(table).unwrap().insert(1, 2).unwrap();
+    transaction.commit().unwrap();
+    drop(other);
+    Journal::open(folder.path()).unwrap();
+    assert_eq!(names(folder.path()).len(), 4);
+
+    // Damage wherever it is: set aside or all as it was, never a panic and never a part.
+    let (mut whole, mut aside) = (0, 0);
+    for seed in 1..61u64 {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE);
         let (mut store, _) = Store::open(&path).unwrap();
@@ -318,6 +352,7 @@ fn what_is_no_journal_is_set_aside_with_a_name() {
             store.write(&changes, &stamp()).unwrap();
         }
         drop(store);
+        let before = format!("{:?}", Store::open(&path).unwrap().1);
         let mut file = fs::File::options().write(true).open(&path).unwrap();
         let len = file.metadata().unwrap().len();
         let at = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) % len;
@@ -328,8 +363,19 @@ fn what_is_no_journal_is_set_aside_with_a_name() {
         }
         drop(file);
         let past = Journal::open(folder.path()).unwrap().1;
-        assert!([0, 19].contains(&past.open.len()), "{}", past.open.len());
+        if names(folder.path()).len() == 1 {
+            assert_eq!(format!("{past:?}"), before, "seed {seed}");
+            whole += 1;
+        } else {
+            let nothing = Past::default();
+            assert_eq!(format!("{past:?}"), format!("{nothing:?}"), "seed {seed}");
+            aside += 1;
+        }
     }
+    assert!(
+        whole > 5 && aside > 5,
+        "{whole} were whole, {aside} set aside"
+    );
 }
 
 #[test]

@@ -160,4 +160,17 @@ fn an_eased_engine_takes_less_at_once_and_makes_the_same() {
     let (eased, same) = answer([3, 1]);
     assert_eq!(eased[..5], [12, 4, 12, 4, 8]);
     assert_eq!(tokens, same);
+    // Of the threads, too.
+    engine.threads = Threads {
+        decode: 4,
+        prefill: 8,
+    };
+    let threads = |engine: &Engine| (engine.threads_for(0), engine.threads_for(40));
+    engine.ease(4);
+    assert_eq!(threads(&engine), (4, 8));
+    engine.ease(2);
+    assert_eq!(threads(&engine), (2, 4));
+    engine.threads.decode = 1;
+    engine.ease(1);
+    assert_eq!(threads(&engine), (1, 2));
 }

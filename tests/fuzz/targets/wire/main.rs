@@ -1,6 +1,6 @@
 //! What comes from the broker: a task, a cancel, an event, with its topic and properties. The input's first byte says
 //! which properties there are, and whether the form is the compact one; the rest is cut at zero bytes into them and the
-//! payload.
+//! payload, the user properties into lines.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -32,7 +32,8 @@ fn read(input: &[u8]) {
     let Some((&kind, rest)) = input.split_first() else {
         return;
     };
-    let mut parts = rest.splitn(4, |b| *b == 0);
+    let has_pairs = kind & 64 != 0;
+    let mut parts = rest.splitn(4 + usize::from(has_pairs), |b| *b == 0);
     let mut part = |bit: u8| parts.next().filter(|_| kind & bit != 0);
     let text = |bytes: Option<&'_ [u8]>| bytes.map(|b| String::from_utf8_lossy(b).into_owned());
     let (content_type, response_topic) = (text(part(1)), text(part(2)));
@@ -41,6 +42,15 @@ fn read(input: &[u8]) {
         0 => content_type.as_deref(),
         _ => Some(Format::Postcard.content_type()),
     };
+    let pairs = has_pairs
+        .then(|| text(parts.next()))
+        .flatten()
+        .unwrap_or_default();
+    let pair = |line: &str| {
+        line.split_once('=')
+            .map(|(name, value)| (name.into(), value.into()))
+    };
+    let pairs: Vec<(String, String)> = pairs.lines().filter_map(pair).collect();
     let payload = parts.next().unwrap_or_default();
     let envelope = Envelope {
         sender: "mes",
@@ -48,7 +58,7 @@ fn read(input: &[u8]) {
         content_type,
         response_topic: response_topic.as_deref(),
         correlation,
-        user_properties: &[],
+        user_properties: &pairs,
         expiry: (kind & 8 != 0).then_some(Duration::from_secs(u64::from(kind))),
         retain: kind & 16 != 0,
     };
@@ -83,5 +93,9 @@ fn read(input: &[u8]) {
     let said = String::from_utf8_lossy(payload);
     let _ = decoder.base.inbound(&said);
     assert!(echo(&said).len() <= ECHO_BYTES_MAX);
-    assert!(!printable(&said).chars().any(|c| c.is_control() && c != '\n' && c != '\t'));
+    assert!(
+        !printable(&said)
+            .chars()
+            .any(|c| c.is_control() && c != '\n' && c != '\t')
+    );
 }
