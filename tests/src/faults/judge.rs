@@ -111,8 +111,8 @@ pub(super) struct Judge {
     began: Instant,
     tasks: Vec<Task>,
     numbers: HashMap<(String, String), usize>,
-    /// By prompt and length.
-    texts: HashMap<(String, u32), String>,
+    /// By prompt, whether it was a chat's, and length.
+    texts: HashMap<(String, bool, u32), String>,
     verdict: Verdict,
 }
 
@@ -307,13 +307,19 @@ impl Judge {
             self.violated(Some(n), format!("ended as {name} without a cause: {event}"));
         } else if name == "done" {
             let text = event["text"].as_str().unwrap_or_default().to_owned();
-            let alike = (task.request.prompt.clone(), task.request.tokens);
+            let request = &task.request;
+            let alike = (request.prompt.clone(), request.is_chat, request.tokens);
             let first = self.texts.entry(alike).or_insert_with(|| text.clone());
             if *first != text {
                 let what = format!("{text:?} where the same task had {first:?}");
                 self.violated(Some(n), what);
             }
         }
+    }
+
+    /// Something was said on a topic on which nobody may hear of tasks.
+    pub(super) fn stray(&mut self, topic: &str) {
+        self.violated(None, format!("a message on {topic}"));
     }
 
     /// All that can only be said at the end.
@@ -493,6 +499,7 @@ mod tests {
         let mut other = seen(&judge, None, &done("a", 0));
         other.correlation = Some(b"other".to_vec());
         judge.see(&other);
-        assert_eq!(judge.verdict().violations, 2);
+        judge.stray("elsewhere");
+        assert_eq!(judge.verdict().violations, 3);
     }
 }

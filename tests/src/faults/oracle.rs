@@ -1,5 +1,5 @@
 //! The requester of PROTOCOL.md, many times over: sends tasks, resends the same id until it holds a final event, watches
-//! the whole result tree. It keeps the promise's other side and leaves the judging to [`crate::faults::judge`].
+//! the whole result tree, and by another connection that nothing is said beside it. It keeps the promise's other side and leaves the judging to [`crate::faults::judge`].
 
 use super::chance::Chance;
 use super::judge::{Judge, Seen, Verdict};
@@ -137,6 +137,7 @@ struct Requester {
     shared: Arc<Shared>,
     mqtt: Mqtt,
     incoming: Receiver<Seen>,
+    watcher: Watcher,
     judge: Judge,
     pending: Vec<Option<Pending>>,
     /// The tasks that have a `Pending`.
@@ -167,6 +168,7 @@ impl Requester {
             shared,
             mqtt,
             incoming,
+            watcher: Watcher::start(port, load.seed),
             judge: Judge::default(),
             pending: Vec::new(),
             open: BTreeSet::new(),
@@ -197,6 +199,9 @@ impl Requester {
             self.take(&seen);
         }
         let _ = self.mqtt.disconnect();
+        for topic in self.watcher.finish() {
+            self.judge.stray(&topic);
+        }
         self.judge.verdict()
     }
 
@@ -354,6 +359,64 @@ impl Requester {
             self.again = (all.saturating_sub(self.load.again_max)..all).collect();
         }
         self.again.is_empty()
+    }
+}
+
+/// Hears every topic there is, and keeps those on which neither requesters nor a gateway have anything to say. What it misses
+/// while the broker is away comes again.
+struct Watcher {
+    mqtt: Mqtt,
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<BTreeSet<String>>,
+}
+
+impl Watcher {
+    /// Below a gateway's base.
+    const KNOWN: [&str; 7] = [
+        "task/", "cancel/", "result/", "state", "card", "health", "alarm/",
+    ];
+
+    fn start(port: u16, seed: u64) -> Self {
+        let id = format!("watcher-{}-{port}-{seed}", std::process::id());
+        let options = MqttOptions::new(id, "127.0.0.1", port);
+        let (mqtt, mut connection) = Mqtt::new(options, 16);
+        let again = mqtt.clone();
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&over);
+        let thread = std::thread::spawn(move || {
+            let mut strays = BTreeSet::new();
+            loop {
+                match connection.recv() {
+                    Ok(Ok(Event::Incoming(Packet::ConnAck(_)))) => {
+                        let _ = again.try_subscribe("#", QoS::AtMostOnce);
+                    }
+                    Ok(Ok(Event::Incoming(Packet::Publish(publish)))) => {
+                        let topic = String::from_utf8_lossy(&publish.topic);
+                        if !Self::is_known(&topic) {
+                            strays.insert(topic.into_owned());
+                        }
+                    }
+                    Ok(Ok(Event::Outgoing(rumqttc::Outgoing::Disconnect))) | Err(_) => {
+                        return strays;
+                    }
+                    Ok(Ok(_)) => {}
+                    Ok(Err(_)) if is_over.load(Ordering::Relaxed) => return strays,
+                    Ok(Err(_)) => std::thread::sleep(Duration::from_millis(50)),
+                }
+            }
+        });
+        Self { mqtt, over, thread }
+    }
+
+    fn is_known(topic: &str) -> bool {
+        let tail = topic.strip_prefix(BASE).and_then(|t| t.strip_prefix('/'));
+        tail.is_some_and(|tail| Self::KNOWN.iter().any(|known| tail.starts_with(known)))
+    }
+
+    fn finish(self) -> BTreeSet<String> {
+        self.over.store(true, Ordering::Relaxed);
+        let _ = self.mqtt.disconnect();
+        self.thread.join().expect("the watcher's thread")
     }
 }
 

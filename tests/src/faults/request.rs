@@ -20,7 +20,11 @@ pub(super) struct Request {
     pub(super) sender: &'static str,
     pub(super) id: String,
     pub(super) prompt: String,
+    /// As a chat's only message.
+    pub(super) is_chat: bool,
     pub(super) tokens: u32,
+    /// Those of a higher one put others aside that run.
+    priority: Option<u64>,
     pub(super) stream: bool,
     /// Where its events go, if not to the default.
     pub(super) reply: Option<String>,
@@ -34,12 +38,15 @@ impl Request {
         let (sender, id) = (SENDERS[n % 2], format!("t-{seed:x}-{}", n / 2));
         let prompt = PROMPTS[chance.below(PROMPTS.len() as u64) as usize];
         // The tiny model's context is 256 tokens, of a byte each or more; a case asks for at most 150 new ones.
-        let repeat = if chance.percent(10) { 6 } else { 1 };
+        let is_chat = chance.percent(20);
+        let repeat = if chance.percent(10) && !is_chat { 6 } else { 1 };
         let reply = n % 8 == 5;
         Self {
             prompt: vec![prompt; repeat].join(" "),
             tokens: 1 + chance.below(u64::from(tokens_max)) as u32,
             stream: chance.percent(30),
+            priority: chance.percent(50).then(|| chance.below(10)),
+            is_chat,
             reply: reply.then(|| format!("{BASE}/result/{sender}/own/{id}")),
             correlation: (n % 16 != 7).then(|| format!("{n}\0{seed}").into_bytes()),
             sender,
@@ -49,9 +56,18 @@ impl Request {
 
     pub(super) fn payload(&self) -> String {
         // The deadline is so late that whatever expires has expired too early.
-        json!({ "id": self.id, "kind": "generate", "prompt": self.prompt, "max_tokens": self.tokens,
-            "stream": self.stream, "deadline_ms": 3_600_000 })
-        .to_string()
+        let mut task = json!({ "id": self.id, "max_tokens": self.tokens, "stream": self.stream, "deadline_ms": 3_600_000 });
+        if self.is_chat {
+            task["kind"] = "chat".into();
+            task["messages"] = json!([{ "role": "user", "content": self.prompt }]);
+        } else {
+            task["kind"] = "generate".into();
+            task["prompt"] = self.prompt.as_str().into();
+        }
+        if let Some(priority) = self.priority {
+            task["priority"] = priority.into();
+        }
+        task.to_string()
     }
 
     /// Where the agent answers cancels.
