@@ -17,6 +17,7 @@ const POINTS: [&str; 8] = [
     "during-replay",
 ];
 const CRASH_AT: &str = "MILLWRIGHT_CRASH_AT";
+const SIGABRT: i32 = 6;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = vec![
@@ -83,7 +84,7 @@ fn crash_at(scale: Scale, point: &str) -> Finding {
         let env = (CRASH_AT.to_owned(), format!("{point}:{pass}"));
         stage.agent.set_env(vec![env]);
         stage.restart_agent();
-        reached += u64::from(stage.aborts_within(Duration::from_secs(5)));
+        reached += u64::from(stage.dies_within(Duration::from_secs(5), SIGABRT));
         stage.agent.set_env(Vec::new());
         stage.restart_agent();
         std::thread::sleep(chance.millis(100, 400));

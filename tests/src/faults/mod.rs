@@ -11,6 +11,7 @@ mod disk;
 mod judge;
 mod load;
 mod matrix;
+mod memory;
 mod network;
 mod oracle;
 mod proxy;
@@ -108,6 +109,7 @@ fn cases() -> Vec<Case> {
     [
         load::cases(),
         agent::cases(),
+        memory::cases(),
         broker::cases(),
         network::cases(),
         disk::cases(),

@@ -89,9 +89,6 @@ pub fn run(options: &Options) -> Result<bool, String> {
     let (last, peak) = stage.finish();
     let mut all = verdict;
     all.add(last);
-    if peak == 0 {
-        all.violate("the agent's highest memory was never read".into());
-    }
 
     let report = report(options, total, &state, &diary, &all, (left, peak));
     let svg = plot::draw(&diary, &format!("{} of soaking", length(total)));

@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What the agent may take beyond what it takes with nothing to do: the sum in agent/task/src/limits.rs.
+/// What the agent may take beyond what it takes with nothing to do. The sum in agent/task/src/limits.rs is more: for tasks as large
+/// as may be, which these are not.
 const BUDGET_KIB: u64 = 64 * 1024;
 /// How long outcomes may take once the faults are over.
 const SETTLE: Duration = Duration::from_mins(1);
@@ -168,13 +169,12 @@ impl Stage {
         }
     }
 
-    /// Whether the agent aborts by itself within a time. That it left for another reason is another matter.
-    pub(super) fn aborts_within(&mut self, time: Duration) -> bool {
-        const SIGABRT: i32 = 6;
+    /// Whether the agent dies of a signal within a time. That it left for another reason is another matter.
+    pub(super) fn dies_within(&mut self, time: Duration, signal: i32) -> bool {
         let deadline = Instant::now() + time;
         while Instant::now() < deadline {
             if let Some(status) = self.agent.status() {
-                return status.signal() == Some(SIGABRT);
+                return status.signal() == Some(signal);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -193,6 +193,9 @@ impl Stage {
         }
         if !alive {
             verdict.violate("the agent was not running when the faults were over".into());
+        }
+        if peak == 0 {
+            verdict.violate("the agent's memory was never seen".into());
         }
         if peak > idle + BUDGET_KIB {
             verdict.violate(format!(
