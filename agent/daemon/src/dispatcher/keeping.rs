@@ -39,8 +39,8 @@ impl<P: Prepare> Dispatcher<P> {
             }
             let ticket = kept.ticket;
             // It is made ready when there is a model.
-            let waits = |_: &wire::Task| Ok(((None, seed), Size::default()));
-            match self.admission.resume(now, kept, waits) {
+            let work = ((None, seed), Size::default());
+            match self.admission.resume(now, kept, work) {
                 Ok(post) => {
                     self.tally.accepted(now.own, ticket);
                     self.send(post);

@@ -22,13 +22,8 @@ pub struct Kept {
 
 impl<W> Admission<W> {
     /// Takes a task up again that was accepted before a restart, under a new run: whatever the queue's bounds are by now.
-    /// `Err` is the final event of one that ends here.
-    pub fn resume(
-        &mut self,
-        now: Now,
-        kept: Kept,
-        prepare: impl FnOnce(&Task) -> Result<(W, Size), Refusal>,
-    ) -> Result<Post, Post> {
+    /// [`Self::equip`] makes it ready. `Err` is the final event of one that ends here.
+    pub fn resume(&mut self, now: Now, kept: Kept, work: (W, Size)) -> Result<Post, Post> {
         let Kept {
             ticket,
             task,
@@ -47,7 +42,7 @@ impl<W> Admission<W> {
             let reason = format!("the gateway went down {begun} times while it ran this task");
             Err(Body::Failed(Refusal::new(Code::Internal, reason)))
         } else {
-            prepare(&job.task).map_err(Body::Failed)
+            Ok(work)
         };
         match ended {
             Ok(work) => Ok(self.admit(now, job, begun, work)),

@@ -708,12 +708,12 @@ fn a_task_that_takes_the_gateway_down_each_time_fails_in_the_end() {
     };
     let mut gate = Admission::new(rules());
     let post = gate
-        .resume(at(0), kept(limits::BEGUN_MAX - 1), |_| Ok(work()))
+        .resume(at(0), kept(limits::BEGUN_MAX - 1), work())
         .unwrap();
     assert_eq!((post.event, post.ticket), ("accepted", Ticket(7)));
     let mut gate = Admission::new(rules());
     let post = gate
-        .resume(at(0), kept(limits::BEGUN_MAX), |_| Ok(work()))
+        .resume(at(0), kept(limits::BEGUN_MAX), work())
         .unwrap_err();
     assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::Internal));
     // Resent, it is answered with that.
@@ -732,7 +732,11 @@ fn a_task_that_the_model_no_longer_takes_says_so_after_a_restart() {
         begun: 0,
         cancelled: false,
     };
-    let refusal = |_: &Task| Err(Refusal::context_overflow(9000, 100));
-    let post = gate.resume(at(0), kept, refusal).unwrap_err();
-    assert!(matches!(body(&post), Body::Failed(r) if r.code == Code::ContextOverflow));
+    gate.resume(at(0), kept, work()).unwrap();
+    let refusal = |_: &Task, ()| Err(Refusal::context_overflow(9000, 100));
+    let ended = gate.equip(at(0), 1, 1000, refusal);
+    let [post] = ended.as_slice() else {
+        panic!("{ended:?}");
+    };
+    assert!(matches!(body(post), Body::Failed(r) if r.code == Code::ContextOverflow));
 }

@@ -17,8 +17,10 @@ enum Op {
     Pass(u64),
     /// The answer outgrows its bound.
     Outgrow,
-    /// With a model that takes the tasks of before, or doesn't.
-    Restart(bool),
+    /// It was away for so many seconds.
+    Restart(u64),
+    /// There is a model, which takes the tasks that wait, or doesn't.
+    Equip(bool),
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -31,7 +33,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         3 => Just(Op::Suspend),
         3 => (0u64..20).prop_map(Op::Pass),
         1 => Just(Op::Outgrow),
-        1 => (0u8..5).prop_map(|n| Op::Restart(n > 0)),
+        1 => (0u64..20).prop_map(Op::Restart),
+        1 => (0u8..5).prop_map(|n| Op::Equip(n > 0)),
     ];
     proptest::collection::vec(op, 0..120)
 }
@@ -103,7 +106,8 @@ impl Life {
                     self.gate.text(at(self.now), ticket, text);
                 }
             }
-            Op::Restart(takes) => self.restart(takes),
+            Op::Restart(seconds) => self.restart(seconds),
+            Op::Equip(takes) => self.equip(takes),
         }
     }
 
@@ -184,7 +188,20 @@ impl Life {
         self.finals.push((post.key.clone(), recalled));
     }
 
-    fn restart(&mut self, takes: bool) {
+    fn equip(&mut self, takes: bool) {
+        let refusal = || Refusal::context_overflow(9, 8);
+        let prepare = |_: &Task, ()| takes.then(work).ok_or_else(refusal);
+        let (slots, kv_tokens) = (self.rules.slots, self.rules.kv_tokens_max);
+        let waiting = self.gate.waiting();
+        let ended = self.gate.equip(at(self.now), slots, kv_tokens, prepare);
+        assert_eq!(ended.len(), if takes { 0 } else { waiting });
+        for post in &ended {
+            self.end(post);
+        }
+    }
+
+    fn restart(&mut self, seconds: u64) {
+        self.now += seconds;
         let now = at(self.now);
         self.gate = Admission::new(self.rules.clone());
         self.running.clear();
@@ -195,11 +212,11 @@ impl Life {
         let mut open: Vec<_> = self.open.values().cloned().collect();
         open.sort_by_key(|kept| kept.ticket);
         for kept in open {
-            let (ticket, must_end) = (kept.ticket, kept.cancelled || kept.begun >= 5);
-            let refusal = || Refusal::context_overflow(9, 8);
-            let prepare = |_: &Task| takes.then(work).ok_or_else(refusal);
-            match self.gate.resume(now, kept, prepare) {
-                Ok(post) => assert_eq!((post.ticket, must_end, takes), (ticket, false, true)),
+            let ticket = kept.ticket;
+            let is_late = kept.task.deadline <= now.own;
+            let must_end = kept.cancelled || kept.begun >= 5 || is_late;
+            match self.gate.resume(now, kept, work()) {
+                Ok(post) => assert_eq!((post.ticket, must_end), (ticket, false)),
                 Err(post) => self.end(&post),
             }
         }
@@ -264,7 +281,8 @@ fn the_map_shows_the_transitions_that_there_are() {
             14 => Op::Outgrow,
             15 | 16 => Op::Yield,
             17 | 18 => Op::Suspend,
-            _ => Op::Restart(random(6) > 0),
+            _ if random(2) == 0 => Op::Restart(random(6)),
+            _ => Op::Equip(random(6) > 0),
         };
         let before = IDS.map(|id| life.state(id));
         life.obey(&op);

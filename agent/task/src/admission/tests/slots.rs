@@ -295,7 +295,7 @@ fn without_a_model_what_was_accepted_waits_and_a_model_takes_it_or_says_why_not(
             begun: 1,
             cancelled: false,
         };
-        let post = gate.resume(at(0), kept, |_| Ok(((), Size::default())));
+        let post = gate.resume(at(0), kept, ((), Size::default()));
         assert_eq!(post.unwrap().event, "accepted");
     }
     assert_eq!(gate.next(at(1)), None);
