@@ -168,7 +168,8 @@ impl Recall {
         }
     }
 
-    fn forget_old(&mut self, now: Duration) {
+    /// What is older than the window goes, also where nobody asks for it.
+    pub fn forget_old(&mut self, now: Duration) {
         let age_max = self.window.age_max;
         let old = |r: &Recalled| now.saturating_sub(r.at) > age_max;
         while self

@@ -623,6 +623,18 @@ fn cancels_reach_the_waiting_the_running_the_finished_and_the_not_yet_arrived() 
 }
 
 #[test]
+fn an_idle_gateway_keeps_nothing_beyond_the_window() {
+    let mut gate = Admission::new(rules());
+    let ticket = accepted(offer(&mut gate, 0, task("a")).0);
+    gate.next(at(0)).unwrap();
+    gate.finish(at(1), ticket, done("x")).unwrap();
+    gate.tick(at(1001));
+    assert_eq!(gate.take_gone(), []);
+    gate.tick(at(1002));
+    assert_eq!(gate.take_gone(), [crate::recall::Gone::Final(ticket)]);
+}
+
+#[test]
 fn a_pools_cancel_waits_a_minute_and_takes_no_others_place() {
     let mut gate = Admission::new(rules());
     let unknown = gate.cancel(at(0), &key("own"), &reply("x"), Addressee::Gateway);
