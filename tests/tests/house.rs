@@ -1,5 +1,6 @@
 //! The rules of the house (agent/ARCHITECTURE.md) that a compiler doesn't hold.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -113,4 +114,22 @@ fn unsafe_lives_in_the_kernels_and_the_map_alone() {
         let allowed = path.ends_with("map.rs");
         assert!(allowed || !text.contains("unsafe {"), "{}", path.display());
     }
+}
+
+/// The keys of a configuration, also those that are commented out.
+fn keys(path: &str) -> BTreeSet<String> {
+    let text = fs::read_to_string(root().join(path)).unwrap();
+    let key = |line: &str| {
+        let (key, _) = line.trim_start_matches("# ").split_once(" = ")?;
+        let is_key = key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        is_key.then(|| key.to_owned())
+    };
+    text.lines().filter_map(key).collect()
+}
+
+#[test]
+fn the_fuzzer_begins_with_every_key_of_the_configuration() {
+    let documented = keys("deploy/agent.toml");
+    assert!(documented.len() > 30, "{documented:?}");
+    assert_eq!(keys("tests/fuzz/corpora/config/full"), documented);
 }

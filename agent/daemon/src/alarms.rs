@@ -23,7 +23,7 @@ pub enum Alarm {
     Pool,
     /// An answer could not be delivered and was set aside.
     Undeliverable,
-    /// Another client came under this gateway's client id.
+    /// Another client came under this gateway's client id, or seems to.
     Session,
     /// A certificate ends soon, or what was renewed can't be used.
     Certificate,

@@ -180,11 +180,15 @@ where
         }
     };
     let _ = timeout(FAREWELL, goodbye).await;
-    for link in std::iter::once(&link).chain(&pool) {
+    // What could not be said is left to the will, which a DISCONNECT would take back.
+    if agent.is_flushed() {
         link.close();
     }
+    if let Some(pool) = &pool {
+        pool.close();
+    }
     // With nobody to listen to its signals a poller ends too.
-    drop(pool_inbox);
+    drop((inbox, pool_inbox));
     let _ = timeout(FAREWELL, async {
         while pollers.join_next().await.is_some() {}
     })

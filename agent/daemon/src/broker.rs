@@ -85,8 +85,8 @@ pub enum Signal {
     /// The connection is gone, with all that was not acknowledged.
     Offline {
         reason: Lost,
-        /// Another client came under our client id.
-        taken_over: bool,
+        /// Another client came under our client id, or seems to.
+        has_rival: bool,
     },
     Delivered(Token),
     Refused(Token, PubAckReason),

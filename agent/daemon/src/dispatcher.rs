@@ -197,10 +197,10 @@ impl<P: Prepare> Dispatcher<P> {
                 self.say_card();
                 self.alarms.repeat();
             }
-            Signal::Offline { reason, taken_over } => {
+            Signal::Offline { reason, has_rival } => {
                 self.subscribed = false;
                 self.outbox.offline();
-                if taken_over {
+                if has_rival {
                     let now = self.parts.clock.now();
                     self.alarms.raise(now, Alarm::Session, &reason.reason);
                 }

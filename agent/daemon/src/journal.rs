@@ -25,9 +25,9 @@ use store::{OpenError, Store};
 use tokio::sync::mpsc;
 
 const FILE: &str = "journal.redb";
-/// Writes in any second at most, for flash has so many in it; of these so many may follow each other at once after a pause,
-/// so that what a stall held up is caught up with.
+/// Writes in any second, for flash has so many in it.
 const WRITES_MAX: u32 = 200;
+/// Writes that may follow each other at once after a pause, so that what a stall held up is caught up with.
 const BURST: u32 = 10;
 /// Changes that nothing waits for are written with others, or after this long.
 const LEISURE: Duration = Duration::from_secs(5);

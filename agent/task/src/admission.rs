@@ -320,9 +320,10 @@ impl<W> Admission<W> {
         Cancelled::Unknown(self.say_alone(now, key, reply, Body::Unknown {}))
     }
 
-    /// Expires what is past its deadline, and forgets what is past the dedup window. Each running task is named once.
+    /// Expires what is past its deadline, and forgets answers and cancels that are old enough. Each running task is named once.
     pub fn tick(&mut self, now: Now) -> Due {
         self.recall.forget_old(now.own);
+        self.overtaken.forget_old(now.own);
         let jobs = self.jobs.values().map(|held| &held.job);
         let late = jobs.filter(|job| job.task.deadline <= now.own && job.stop.is_none());
         let mut late: Vec<_> = late.map(Job::ticket).collect();
@@ -339,7 +340,7 @@ impl<W> Admission<W> {
         due
     }
 
-    /// When [`Self::tick`] next has something to do.
+    /// When [`Self::tick`] next has something to expire.
     pub fn next_deadline(&self) -> Option<Duration> {
         let jobs = self.jobs.values().map(|held| &held.job);
         let open = jobs.filter(|job| job.stop.is_none());

@@ -1,5 +1,6 @@
 //! The requester of PROTOCOL.md, many times over: sends tasks, resends the same id until it holds a final event, watches
-//! the whole result tree, and by another connection that nothing is said beside it. It keeps the promise's other side and leaves the judging to [`crate::faults::judge`].
+//! the whole result tree, and by another connection that nothing is said beside it. It keeps the promise's other side and
+//! leaves the judging to [`crate::faults::judge`].
 
 use super::chance::Chance;
 use super::judge::{Judge, Seen, Verdict};
@@ -117,6 +118,13 @@ impl Oracle {
         }
         self.shared.over.store(true, Ordering::Relaxed);
         thread.join().expect("the requester's thread")
+    }
+}
+
+impl Drop for Oracle {
+    /// Of a case that broke off, too: it sends nothing more.
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
     }
 }
 
@@ -362,8 +370,7 @@ impl Requester {
     }
 }
 
-/// Hears every topic there is, and keeps those on which neither requesters nor a gateway have anything to say. What it misses
-/// while the broker is away comes again.
+/// Hears every topic there is, and keeps those on which neither requesters nor a gateway have anything to say.
 struct Watcher {
     mqtt: Mqtt,
     over: Arc<AtomicBool>,
@@ -371,18 +378,16 @@ struct Watcher {
 }
 
 impl Watcher {
-    /// Below a gateway's base.
-    const KNOWN: [&str; 7] = [
-        "task/", "cancel/", "result/", "state", "card", "health", "alarm/",
-    ];
-
+    /// Begins once it is subscribed.
     fn start(port: u16, seed: u64) -> Self {
         let id = format!("watcher-{}-{port}-{seed}", std::process::id());
-        let options = MqttOptions::new(id, "127.0.0.1", port);
+        let mut options = MqttOptions::new(id, "127.0.0.1", port);
+        options.set_max_packet_size(Some(1 << 20));
         let (mqtt, mut connection) = Mqtt::new(options, 16);
         let again = mqtt.clone();
         let over = Arc::new(AtomicBool::new(false));
         let is_over = Arc::clone(&over);
+        let (confirmed, subscribed) = channel();
         let thread = std::thread::spawn(move || {
             let mut strays = BTreeSet::new();
             loop {
@@ -390,9 +395,12 @@ impl Watcher {
                     Ok(Ok(Event::Incoming(Packet::ConnAck(_)))) => {
                         let _ = again.try_subscribe("#", QoS::AtMostOnce);
                     }
+                    Ok(Ok(Event::Incoming(Packet::SubAck(_)))) => {
+                        let _ = confirmed.send(());
+                    }
                     Ok(Ok(Event::Incoming(Packet::Publish(publish)))) => {
                         let topic = String::from_utf8_lossy(&publish.topic);
-                        if !Self::is_known(&topic) {
+                        if !is_known(&topic) {
                             strays.insert(topic.into_owned());
                         }
                     }
@@ -405,12 +413,10 @@ impl Watcher {
                 }
             }
         });
+        subscribed
+            .recv_timeout(crate::SOON)
+            .expect("the watcher is subscribed");
         Self { mqtt, over, thread }
-    }
-
-    fn is_known(topic: &str) -> bool {
-        let tail = topic.strip_prefix(BASE).and_then(|t| t.strip_prefix('/'));
-        tail.is_some_and(|tail| Self::KNOWN.iter().any(|known| tail.starts_with(known)))
     }
 
     fn finish(self) -> BTreeSet<String> {
@@ -418,6 +424,16 @@ impl Watcher {
         let _ = self.mqtt.disconnect();
         self.thread.join().expect("the watcher's thread")
     }
+}
+
+/// Whether the protocol has this topic.
+fn is_known(topic: &str) -> bool {
+    let tail = topic.strip_prefix(BASE).and_then(|t| t.strip_prefix('/'));
+    let levels: Vec<_> = tail.unwrap_or_default().split('/').collect();
+    matches!(
+        levels[..],
+        ["state" | "card" | "health"] | ["task" | "cancel" | "alarm", _] | ["result", _, ..]
+    )
 }
 
 /// A clean session, subscribed anew at each connection: what the broker loses, resending repairs.
@@ -459,4 +475,27 @@ fn connect(port: u16, seed: u64) -> (Mqtt, Receiver<Seen>) {
         .recv_timeout(crate::SOON)
         .expect("the requester is subscribed");
     (mqtt, incoming)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn topics_that_nobody_has_are_told_apart() {
+        let known = [
+            "state",
+            "health",
+            "alarm/model",
+            "result/mes/t/own",
+            "task/hmi",
+        ];
+        for tail in known {
+            assert!(is_known(&format!("{BASE}/{tail}")), "{tail}");
+        }
+        for tail in ["", "stateX", "state/x", "alarm", "result", "task/hmi/x"] {
+            assert!(!is_known(&format!("{BASE}/{tail}")), "{tail}");
+        }
+        assert!(!is_known("elsewhere/result/mes/t") && !is_known(BASE));
+    }
 }

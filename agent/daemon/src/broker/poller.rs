@@ -12,7 +12,7 @@ use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, Packet, PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
 };
-use rumqttc::v5::{ConnectionError, Event, EventLoop, MqttState};
+use rumqttc::v5::{Event, EventLoop, MqttState};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -24,8 +24,9 @@ const BACKOFF_RENEWED: Duration = Duration::from_secs(4);
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
 /// A connection that lasted this long was a good one: the next attempt follows quickly.
 const STEADY: Duration = Duration::from_secs(20);
-/// So many that were closed before that, one after the other and without a word, have a cause: mosquitto 2.0.11 says nothing to
-/// whom it throws out for another client of the same id.
+/// mosquitto 2.0.11 says nothing to whom it throws out for another client of the same id. A connection that it closes without a
+/// word within this time is suspect, for the other one is away for no longer, and so many one after the other have a cause.
+const CUT_WITHIN: Duration = BACKOFF_LAST.saturating_add(Duration::from_secs(5));
 const CUTS_SUSPECT: u32 = 3;
 /// How long the client may take for one step beyond two keep-alives: a broker that reads nothing blocks it for good.
 const STUCK: Duration = Duration::from_mins(3);
@@ -52,7 +53,7 @@ pub struct Poller {
     /// `host:port`, for sentences.
     place: String,
     backoff: Duration,
-    /// Connections that the broker closed soon after it had taken us in, one after the other.
+    /// Connections, one after the other, that were closed without a word soon after they began.
     cuts: u32,
     /// When the broker took us in, while it has us.
     since: Option<Instant>,
@@ -99,7 +100,7 @@ impl Poller {
     /// Polls, reports and reconnects. Returns after [`Link::close`], or when nobody listens any more.
     pub async fn run(mut self) {
         loop {
-            let (mut taken_over, mut suspected) = (false, false);
+            let (mut taken_over, mut closed) = (false, false);
             let renewed = self.look().await;
             if self.say_complaint().await.is_err() {
                 return;
@@ -126,13 +127,9 @@ impl Poller {
                 }
                 Some(Ok(Err(error))) => {
                     taken_over = is_taken_over(&error);
-                    suspected = self.is_cut_again(&error);
+                    closed = is_closed(&error);
                     let is_new = self.since.is_none();
-                    let lost = if suspected {
-                        self.rivalled()
-                    } else {
-                        explain(&error, &self.place, &self.settings.access, is_new)
-                    };
+                    let lost = explain(&error, &self.place, &self.settings.access, is_new);
                     if is_new && is_refusal(&error) {
                         self.settings.access.refused();
                     }
@@ -146,14 +143,22 @@ impl Poller {
             {
                 return;
             }
-            if let Some(reason) = lost {
+            if let Some(mut reason) = lost {
+                let lasted = self.since.map(|since| since.elapsed());
+                self.cuts = cuts(self.cuts, closed, lasted);
+                // A client without a session of its own has a name that nobody else has.
+                let suspected =
+                    self.cuts >= CUTS_SUSPECT && !self.settings.session_expiry.is_zero();
+                if suspected {
+                    reason = suspicion(&reason, self.cuts);
+                }
                 self.reset();
                 if taken_over {
                     // The other one does the same when we come back: no quick fight over the session.
                     self.backoff = BACKOFF_LAST;
                 }
-                let taken_over = taken_over || suspected;
-                let signal = Signal::Offline { reason, taken_over };
+                let has_rival = taken_over || suspected;
+                let signal = Signal::Offline { reason, has_rival };
                 if self.link.lock().closing || self.signals.send(signal).await.is_err() {
                     return;
                 }
@@ -362,24 +367,6 @@ impl Poller {
         }
     }
 
-    /// Counts a connection that was closed without a word soon after it began; whether that happens again and again.
-    fn is_cut_again(&mut self, error: &ConnectionError) -> bool {
-        let is_cut = is_closed(error) && self.since.is_some_and(|since| since.elapsed() < STEADY);
-        self.cuts = if is_cut { self.cuts + 1 } else { 0 };
-        self.cuts >= CUTS_SUSPECT
-    }
-
-    fn rivalled(&self) -> Lost {
-        Lost {
-            reason: format!(
-                "the broker at {} took us in and closed the connection soon after, {} times by now: another client may \
-                 connect under this client id; each gateway needs its own",
-                self.place, self.cuts
-            ),
-            needs_help: true,
-        }
-    }
-
     fn stuck(&self) -> Lost {
         Lost {
             reason: format!("the broker at {} reads nothing any more", self.place),
@@ -409,6 +396,25 @@ impl Poller {
     }
 }
 
+/// Connections cut so far, with one that is gone: whether the other end closed it without a word, and how long after the CONNACK.
+fn cuts(before: u32, is_closed: bool, lasted: Option<Duration>) -> u32 {
+    match lasted {
+        Some(lasted) if is_closed && lasted < CUT_WITHIN => before + 1,
+        _ => 0,
+    }
+}
+
+fn suspicion(lost: &Lost, cuts: u32) -> Lost {
+    Lost {
+        reason: format!(
+            "{}, {cuts} times by now soon after it began: another client may connect under this client id; each gateway \
+             needs its own",
+            lost.reason
+        ),
+        needs_help: true,
+    }
+}
+
 /// The time to wait now: twice as long each time, and never the same for a hundred gateways at once.
 fn pause(backoff: &mut Duration) -> Duration {
     let full = *backoff;
@@ -420,6 +426,22 @@ fn pause(backoff: &mut Duration) -> Duration {
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    #[test]
+    fn only_connections_that_are_closed_soon_one_after_the_other_are_suspect() {
+        let soon = Some(Duration::from_secs(1));
+        let mut count = 0;
+        for _ in 0..CUTS_SUSPECT {
+            count = cuts(count, true, soon);
+        }
+        assert_eq!(count, CUTS_SUSPECT);
+        // As soon as another gateway of the same name that waits for as long as may be.
+        assert_eq!(cuts(count, true, Some(BACKOFF_LAST)), count + 1);
+        // One that lasted, one that was ended here, and a broker that is away.
+        assert_eq!(cuts(count, true, Some(CUT_WITHIN)), 0);
+        assert_eq!(cuts(count, false, soon), 0);
+        assert_eq!(cuts(count, true, None), 0);
+    }
 
     #[test]
     fn pauses_double_up_to_a_bound_and_differ_between_gateways() {

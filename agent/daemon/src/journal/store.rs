@@ -32,6 +32,8 @@ const LAST: &str = "last";
 
 /// The tables' arrangement.
 const FORMAT_VERSION: u32 = 1;
+/// No version: the tables are of another program.
+const FOREIGN: u32 = 0;
 
 /// Why the file can't be used.
 #[derive(Debug)]
@@ -150,6 +152,9 @@ impl From<redb::Error> for OpenError {
 /// Makes the tables where they are missing, and reads them.
 fn read(database: &Database) -> Result<Past, OpenError> {
     let version = version(database).map_err(OpenError::from)?;
+    if version == FOREIGN {
+        return Err(OpenError::Unusable("another program made it".into()));
+    }
     if version != FORMAT_VERSION {
         let reason = format!("its format is {version}, and this program knows {FORMAT_VERSION}");
         return Err(OpenError::Unusable(reason));
@@ -190,12 +195,13 @@ fn read(database: &Database) -> Result<Past, OpenError> {
 fn version(database: &Database) -> Result<u32, redb::Error> {
     let transaction = database.begin_write()?;
     let known = {
-        let is_new = transaction.list_tables()?.next().is_none();
+        let is_empty = transaction.list_tables()?.next().is_none()
+            && transaction.list_multimap_tables()?.next().is_none();
         let mut meta = transaction.open_table(META)?;
         let known = meta.get(FORMAT)?.map(|v| v.value().to_vec());
-        let version = known.map(|bytes| bytes.try_into().map_or(0, u32::from_le_bytes));
+        let version = known.map(|bytes| bytes.try_into().map_or(FOREIGN, u32::from_le_bytes));
         // Another program's tables are none of ours.
-        let version = version.or((!is_new).then_some(0));
+        let version = version.or((!is_empty).then_some(FOREIGN));
         if version.is_none() {
             meta.insert(FORMAT, FORMAT_VERSION.to_le_bytes().as_slice())?;
             transaction.open_table(TASKS)?;

@@ -41,15 +41,17 @@ impl Overtaken {
         self.gone.extend(oldest.map(|(_, key)| Gone::Cancel(key)));
     }
 
-    /// Whether `key` was cancelled; the cancel is used up.
-    pub(super) fn take(&mut self, now: Duration, key: &Key) -> bool {
-        while self
-            .keys
-            .front()
-            .is_some_and(|(at, _)| now.saturating_sub(*at) > self.age_max)
-        {
+    pub(super) fn forget_old(&mut self, now: Duration) {
+        let age_max = self.age_max;
+        let is_old = |(at, _): &(Duration, Key)| now.saturating_sub(*at) > age_max;
+        while self.keys.front().is_some_and(is_old) {
             self.forget_oldest();
         }
+    }
+
+    /// Whether `key` was cancelled; the cancel is used up.
+    pub(super) fn take(&mut self, now: Duration, key: &Key) -> bool {
+        self.forget_old(now);
         let Some(at) = self.keys.iter().position(|(_, k)| k == key) else {
             return false;
         };

@@ -628,8 +628,11 @@ fn an_idle_gateway_keeps_nothing_beyond_the_window() {
     let ticket = accepted(offer(&mut gate, 0, task("a")).0);
     gate.next(at(0)).unwrap();
     gate.finish(at(1), ticket, done("x")).unwrap();
-    gate.tick(at(1001));
+    gate.cancel(at(2), &key("b"), &reply("x"), Addressee::Gateway);
+    gate.tick(at(102));
     assert_eq!(gate.take_gone(), []);
+    gate.tick(at(1001));
+    assert_eq!(gate.take_gone(), [crate::recall::Gone::Cancel(key("b"))]);
     gate.tick(at(1002));
     assert_eq!(gate.take_gone(), [crate::recall::Gone::Final(ticket)]);
 }
