@@ -396,6 +396,38 @@ fn two_agents_do_not_share_a_journal() {
     assert!(second.to_string().contains("another process"), "{second}");
 }
 
+/// What a later program must read: a file of version 1, its pages as a line for each 32 bytes that aren't zero.
+#[test]
+fn a_journal_of_version_1_is_read() {
+    let begun = Change::Begun {
+        ticket: Ticket(2),
+        times: 1,
+    };
+    let cancel = Change::CancelKept {
+        key: key("e"),
+        at: Duration::from_millis(5),
+    };
+    let first = [accepted(1, "a"), accepted(2, "b"), begun, cancel];
+    let second = [said(3, "c", true), said(4, "d", false)];
+    let third = [Change::Ended(Ticket(1)), Change::Delivered(Ticket(3))];
+    let expected = after(&[&first, &second, &third]);
+
+    let mut lines = include_str!("frozen/journal").lines();
+    let mut bytes = vec![0; lines.next().unwrap().parse().unwrap()];
+    for line in lines {
+        let (at, digits) = line.split_once(' ').unwrap();
+        let at: usize = at.parse().unwrap();
+        for n in 0..digits.len() / 2 {
+            bytes[at + n] = u8::from_str_radix(&digits[2 * n..2 * n + 2], 16).unwrap();
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(FILE), bytes).unwrap();
+    let past = Journal::open(folder.path()).unwrap().1;
+    assert_eq!(format!("{past:?}"), format!("{expected:?}"));
+    assert_eq!((past.open.len(), past.unsent.len()), (1, 1));
+}
+
 /// The rows of version 1, byte by byte: whoever changes them makes a version 2.
 #[test]
 fn rows_are_frozen() {
