@@ -36,7 +36,7 @@ fn a_session_that_another_client_takes_is_told_and_not_fought_over() {
     let alarm = mes.next("the alarm", is_raised).json();
     let reason = alarm["reason"].as_str().unwrap();
     assert!(reason.contains("each gateway needs its own"), "{alarm}");
-    // Without pauses that grow it would have been hundreds of times.
+    // Without pauses it would have been hundreds of times.
     let log = agent.log();
     assert!(log.matches("connected to the broker").count() < 8, "{log}");
     let task = json!({ "id": "after", "kind": "generate", "prompt": "x", "max_tokens": 4 });

@@ -104,7 +104,7 @@ where
         clock,
     });
     agent.resume(past);
-    pollers.spawn(poller.run());
+    let own_poller = pollers.spawn(poller.run());
     tokio::pin!(shutdown);
 
     let mut phase = Phase::Serving;
@@ -170,7 +170,7 @@ where
     // What was noted last is written without a broker, too.
     agent.pump();
     let goodbye = async {
-        while !agent.is_flushed() && link.is_online() {
+        while !(agent.is_flushed() && agent.has_said_goodbye()) && link.is_online() {
             agent.pump();
             tokio::select! {
                 Some(signal) = inbox.signals.recv() => agent.on_signal(signal),
@@ -180,15 +180,17 @@ where
         }
     };
     let _ = timeout(FAREWELL, goodbye).await;
-    // What could not be said is left to the will, which a DISCONNECT would take back.
-    if agent.is_flushed() {
+    if agent.has_said_goodbye() || !link.is_online() {
         link.close();
+    } else {
+        // The will says what could not be said; a DISCONNECT would take it back.
+        own_poller.abort();
     }
     if let Some(pool) = &pool {
         pool.close();
     }
     // With nobody to listen to its signals a poller ends too.
-    drop((inbox, pool_inbox));
+    drop(pool_inbox);
     let _ = timeout(FAREWELL, async {
         while pollers.join_next().await.is_some() {}
     })

@@ -381,6 +381,11 @@ impl<P: Prepare> Dispatcher<P> {
         self.admission.close(refusal);
     }
 
+    /// Whether the broker has the last state. If not, the will must say that the agent is gone.
+    pub fn has_said_goodbye(&self) -> bool {
+        self.goodbye.is_some() && self.subscribed && !self.outbox.has_retained()
+    }
+
     /// Says the last state. What has not ended goes on at the next start; what was interrupted in order has not
     /// taken the agent down.
     pub fn say_goodbye(&mut self, state: State, reason: &str) {

@@ -13,8 +13,8 @@ use rumqttc::v5::mqttbytes::v5::PubAckReason;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The broker may refuse for a reason that passes; this often an event is tried. An answer for which its quota has no room now
-/// is tried until it has.
+/// The broker may refuse for a reason that passes; this often a message is tried. What its quota has no room for now is tried
+/// until it has, but for events that a sender can do without.
 const ATTEMPTS_MAX: u32 = 5;
 /// How long nothing is sent after such a refusal.
 const HOLD: Duration = Duration::from_secs(5);
@@ -107,6 +107,12 @@ impl Outbox {
         self.sent == self.entries.len()
     }
 
+    /// Whether a state, card or alarm is on its way.
+    pub fn has_retained(&self) -> bool {
+        let mut entries = self.entries.iter();
+        entries.any(|entry| entry.purpose == Purpose::Retained)
+    }
+
     /// Whether the events of one more message fit. What is promised already always fits: the bounds on tasks
     /// are part of the sum in `limits`.
     pub fn has_room(&self) -> bool {
@@ -197,30 +203,21 @@ impl Outbox {
                 | PubAckReason::PayloadFormatInvalid
         );
         let entry = &mut self.entries[at];
-        let is_answer = matches!(
-            entry.purpose,
-            Purpose::Answer { .. } | Purpose::LastWord { .. }
-        );
-        let waits = is_answer && why == PubAckReason::QuotaExceeded;
+        let waits = why == PubAckReason::QuotaExceeded && entry.purpose != Purpose::Progress;
         entry.attempts += u32::from(!waits);
         if for_good || entry.attempts >= ATTEMPTS_MAX {
             let reason = format!("the broker refused it: {why:?}");
             return self.give_up(at, reason, true);
         }
-        if !self.is_refused {
+        if !self.is_refused && now >= self.hold_until {
             tracing::warn!(
                 "the broker refuses events: {why:?}; they are tried again each {HOLD:?}"
             );
         }
         self.is_refused = true;
         self.hold_until = now + HOLD;
-        let entry = self.entries.remove(at)?;
-        self.sent -= 1;
-        // In its place among those that were refused with it.
-        let mut unsent = self.sent..self.entries.len();
-        let later = unsent.find(|&i| self.entries[i].token > entry.token);
-        let place = later.unwrap_or(self.entries.len());
-        self.entries.insert(place, entry);
+        let entry = self.remove(at)?;
+        self.put_back(entry);
         None
     }
 
@@ -233,6 +230,9 @@ impl Outbox {
             *bytes -= if keep { 0 } else { entry.message.payload.len() };
             keep
         });
+        // What was refused had gone behind what was on its way.
+        let entries = self.entries.make_contiguous();
+        entries.sort_by_key(|entry| entry.token);
     }
 
     fn sent_at(&self, token: Token) -> Option<usize> {
@@ -247,6 +247,27 @@ impl Outbox {
         self.bytes -= entry.message.payload.len();
         self.sent -= usize::from(at < self.sent);
         Some(entry)
+    }
+
+    /// What was refused goes to its place among what is unsent. A state or alarm of which there is a later one is not said any more.
+    fn put_back(&mut self, entry: Entry) {
+        let is_retained = |e: &Entry| e.purpose == Purpose::Retained;
+        let place = if is_retained(&entry) {
+            let topic = &entry.message.topic;
+            let mut others = self.entries.iter().filter(|e| is_retained(e));
+            if others.any(|e| e.message.topic == *topic && e.token > entry.token) {
+                return;
+            }
+            self.sent
+        } else {
+            let later = |e: &Entry| !is_retained(e) && e.token > entry.token;
+            let mut unsent = self.sent..self.entries.len();
+            unsent
+                .find(|&i| later(&self.entries[i]))
+                .unwrap_or(self.entries.len())
+        };
+        self.bytes += entry.message.payload.len();
+        self.entries.insert(place, entry);
     }
 
     fn give_up(&mut self, at: usize, reason: String, forbidden: bool) -> Option<Undeliverable> {

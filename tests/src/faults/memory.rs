@@ -73,8 +73,11 @@ fn limited(scale: Scale) -> Finding {
     let mut stage = Stage::start(Plant::new(scale.seed));
     for _ in 0..wanted {
         stage.await_progress(20);
-        if group.take(stage.agent.id()).is_err() {
-            // It is gone: which it may be only in the group.
+        if let Err(why) = group.take(stage.agent.id()) {
+            if stage.agent.is_running() {
+                return Finding::Skipped(why);
+            }
+            // It may be gone only in the group.
             stage.left += 1;
             break;
         }

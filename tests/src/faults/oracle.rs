@@ -432,7 +432,7 @@ fn is_known(topic: &str) -> bool {
     let levels: Vec<_> = tail.unwrap_or_default().split('/').collect();
     matches!(
         levels[..],
-        ["state" | "card" | "health"] | ["task" | "cancel" | "alarm", _] | ["result", _, ..]
+        ["state" | "card" | "health"] | ["task" | "cancel" | "alarm", _] | ["result", _, _, ..]
     )
 }
 
@@ -493,7 +493,7 @@ mod tests {
         for tail in known {
             assert!(is_known(&format!("{BASE}/{tail}")), "{tail}");
         }
-        for tail in ["", "stateX", "state/x", "alarm", "result", "task/hmi/x"] {
+        for tail in ["", "stateX", "state/x", "alarm", "result/mes", "task/hmi/x"] {
             assert!(!is_known(&format!("{BASE}/{tail}")), "{tail}");
         }
         assert!(!is_known("elsewhere/result/mes/t") && !is_known(BASE));

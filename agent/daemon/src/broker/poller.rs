@@ -112,7 +112,7 @@ impl Poller {
                 Some(timeout(self.patience(), self.eventloop.poll()).await)
             };
             let (signal, lost) = match polled {
-                None => (None, Some(self.renewed())),
+                None => (None, Some(Self::renewed())),
                 Some(Ok(Ok(Event::Incoming(packet)))) => match self.incoming(packet) {
                     Ok(signal) => (signal, self.overdue()),
                     Err(what) => (None, Some(self.broken(what))),
@@ -153,6 +153,10 @@ impl Poller {
                     reason = suspicion(&reason, self.cuts);
                 }
                 self.reset();
+                if renewed {
+                    // A plant renews many gateways' files at once: they don't come back in one moment.
+                    self.backoff = BACKOFF_RENEWED;
+                }
                 if taken_over {
                     // The other one does the same when we come back: no quick fight over the session.
                     self.backoff = BACKOFF_LAST;
@@ -374,9 +378,7 @@ impl Poller {
         }
     }
 
-    fn renewed(&mut self) -> Lost {
-        // A plant renews many gateways' files at once: they don't come back in one moment.
-        self.backoff = BACKOFF_RENEWED;
+    fn renewed() -> Lost {
         Lost {
             reason: "certificates or password were renewed: connecting anew with them".into(),
             needs_help: false,

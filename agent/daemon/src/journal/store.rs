@@ -200,7 +200,6 @@ fn version(database: &Database) -> Result<u32, redb::Error> {
         let mut meta = transaction.open_table(META)?;
         let known = meta.get(FORMAT)?.map(|v| v.value().to_vec());
         let version = known.map(|bytes| bytes.try_into().map_or(FOREIGN, u32::from_le_bytes));
-        // Another program's tables are none of ours.
         let version = version.or((!is_empty).then_some(FOREIGN));
         if version.is_none() {
             meta.insert(FORMAT, FORMAT_VERSION.to_le_bytes().as_slice())?;

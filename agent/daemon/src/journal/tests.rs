@@ -338,6 +338,10 @@ fn what_is_no_journal_is_set_aside_with_a_name() {
     transaction.open_table(table).unwrap().insert(1, 2).unwrap();
     transaction.commit().unwrap();
     drop(other);
+    let Err(OpenError::Unusable(why)) = Store::open(&path) else {
+        panic!("it is another program's");
+    };
+    assert!(why.contains("another program"), "{why}");
     Journal::open(folder.path()).unwrap();
     assert_eq!(names(folder.path()).len(), 4);
 

@@ -160,21 +160,40 @@ fn a_refusal_that_may_pass_is_tried_again_after_a_while_and_not_for_ever() {
 }
 
 #[test]
-fn what_was_refused_together_is_sent_again_in_order() {
+fn what_was_refused_is_sent_again_in_order() {
     let mut outbox = Outbox::default();
     for topic in ["a", "b", "c", "d"] {
         push(&mut outbox, topic, 1);
     }
-    let first = wire(3);
+    let refuse = |outbox: &mut Outbox, token| {
+        outbox.refused(Duration::ZERO, token, PubAckReason::QuotaExceeded)
+    };
+    let retain = |outbox: &mut Outbox, bytes| {
+        let message = Outgoing::json("state".into(), vec![0; bytes]);
+        outbox.push(Purpose::Retained, message, Mark::default());
+    };
+    let first = wire(4);
+    retain(&mut outbox, 1);
     outbox.pump(Duration::ZERO, Mark::default(), &first);
-    let state = Outgoing::json("state".into(), vec![0]);
-    outbox.push(Purpose::Retained, state, Mark::default());
-    for (token, _) in first.seen.borrow().iter() {
-        outbox.refused(Duration::ZERO, *token, PubAckReason::QuotaExceeded);
+    assert_eq!(topics(&first), ["state", "a", "b", "c"]);
+    let tokens: Vec<_> = first.seen.borrow().iter().map(|(t, _)| *t).collect();
+    refuse(&mut outbox, tokens[1]);
+    // A later state comes before the others, and takes the place of the one that is refused now.
+    retain(&mut outbox, 2);
+    for token in [tokens[0], tokens[2], tokens[3]] {
+        refuse(&mut outbox, token);
     }
     let second = wire(9);
     outbox.pump(HOLD, Mark::default(), &second);
-    assert_eq!(topics(&second), ["a", "b", "c", "state", "d"]);
+    assert_eq!(topics(&second), ["state", "a", "b", "c", "d"]);
+    assert_eq!(outbox.depth(), (5, 2 + 4));
+    // Also those that were refused while others were on their way.
+    let token = second.seen.borrow()[1].0;
+    refuse(&mut outbox, token);
+    outbox.offline();
+    let third = wire(9);
+    outbox.pump(2 * HOLD, Mark::default(), &third);
+    assert_eq!(topics(&third), ["a", "b", "c", "d"]);
 }
 
 #[test]
@@ -188,7 +207,7 @@ fn what_a_quota_has_no_room_for_waits_until_it_has() {
         let lost = outbox.refused(HOLD * attempt, token, PubAckReason::QuotaExceeded);
         assert_eq!((lost, outbox.depth()), (None, (1, 1)));
     }
-    // But for what a sender can do without.
+    // How the gateway is waits too; not what a sender can do without.
     let mut outbox = Outbox::default();
     let message = Outgoing::json("b".into(), vec![0]);
     outbox.push(Purpose::Progress, message, Mark::default());
