@@ -5,7 +5,7 @@ use rumqttc::v5::{Client as Mqtt, MqttOptions};
 use serde_json::json;
 use std::sync::mpsc::{Sender, TryRecvError, channel};
 
-/// A client under the agent's own client id, which comes back at once whenever it is thrown out, until that is dropped.
+/// A client under the agent's own client id, which comes back at once whenever it is thrown out, until what this returns is dropped.
 fn rival(port: u16) -> Sender<()> {
     let options = MqttOptions::new("millwright-plant-gw-1", "127.0.0.1", port);
     let (_mqtt, mut connection) = Mqtt::new(options, 8);
